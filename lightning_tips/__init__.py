@@ -1,0 +1,9 @@
+"""Seven practical tips of deep learning as drop-in callbacks and mixins for PyTorch Lightning."""
+
+from lightning_tips.core import RunReportCallback
+from lightning_tips.optimizer import OptimizerSwitchCallback
+
+__all__ = [
+    "OptimizerSwitchCallback",
+    "RunReportCallback",
+]

@@ -1,0 +1,174 @@
+"""The command `lightning-tips`: LightningCLI's subcommands, with ours beside them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import lightning_tips.vision  # noqa: F401  gives the reference classes short names
+from lightning_tips import RunReportCallback
+from lightning_tips.core import TipCallback
+
+# Our own subcommands: name to (function, help). The function takes the arguments behind the name and returns an exit
+# code; "module:function" is imported when it is called. A tip that brings a subcommand adds a line.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "tips": ("lightning_tips.cli:show_tips", "List the tips, by the short names that a yaml can use."),
+}
+
+
+class TipsArgumentParser(LightningArgumentParser):
+    """Answers a wrong name with the nearest right one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Adds the nearest right name to the message."""
+        if self.exit_on_error and (near := self._nearest(message)):
+            message = f"{message}\nDid you mean {near!r}?"
+        super().error(message, ex)
+
+    def _nearest(self, message: str) -> str | None:
+        candidates: list[tuple[str, Callable[[re.Match[str]], Iterable[str]]]] = [
+            (r"invalid choice: '(.+?)'", lambda _: [*LightningCLI.subcommands(), *COMMANDS]),
+            (r"unrecognized arguments: (--[\w.]+)", lambda _: self._option_strings()),
+            (r"class_path '([\w.]+)':\s+(?:Parser key .*\s+)*Option '(\w+)' is not accepted", _arguments_of),
+            (r"Option '([\w.]+)' is not accepted", lambda _: {s.lstrip("-") for s in self._option_strings()}),
+            (r"(?:Expected a dot import path string:|class_path) '?([\w.]+)'?", lambda _: _class_names()),
+        ]
+        for pattern, names in candidates:
+            if match := re.search(pattern, message):
+                wrong = match.group(match.lastindex or 1)
+                near = _closest(wrong, names(match))
+                if near and near != wrong:
+                    return near
+        return None
+
+    def _option_strings(self) -> set[str]:
+        parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
+        return {s for parser in parsers for action in parser._actions for s in action.option_strings}
+
+
+def _closest(wrong: str, names: Iterable[str]) -> str | None:
+    last = wrong.rsplit(".", 1)[-1] if "." in wrong and not wrong.startswith("-") else wrong
+    folded = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(last.lower(), folded, n=1, cutoff=0.6)
+    return folded[near[0]] if near else None
+
+
+def _class_names() -> set[str]:
+    bases = (pl.Callback, pl.LightningModule, pl.LightningDataModule, pl.loggers.Logger, Optimizer, LRScheduler)
+    return {cls.__name__ for base in bases for cls in _subclasses(base) if not cls.__name__.startswith("_")}
+
+
+def _subclasses(cls: type) -> set[type]:
+    return set(cls.__subclasses__()).union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+
+
+def _arguments_of(match: re.Match[str]) -> list[str]:
+    module, _, name = match.group(1).rpartition(".")
+    try:
+        return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError):
+        return []  # no suggestion for a class that does not exist
+
+
+class TipsCLI(LightningCLI):
+    """LightningCLI with a run report, W&B offline where there is no login, and clear words on bad checkpoints.
+
+    Any LightningModule and LightningDataModule can be named in ``model`` and ``data``; short names work for ours and
+    for imported classes.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        settings: dict[str, Any] = {
+            "parser_class": TipsArgumentParser,
+            "parser_kwargs": {"default_env": True, "env_prefix": "LIGHTNING_TIPS"},
+            # A resumed run goes on in the folder of the run it resumes.
+            "save_config_kwargs": {"overwrite": True},
+            "seed_everything_default": 0,
+        }
+        super().__init__(**settings | kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Names our own subcommands in the help."""
+        ours = ", ".join(f"{name} ({about})" for name, (_, about) in COMMANDS.items())
+        return super().init_parser(**{"prog": "lightning-tips", "epilog": f"Besides: {ours}"} | kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run report as ``report``."""
+        parser.add_lightning_class_args(RunReportCallback, "report")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, then looks at the checkpoint before anything is built from it."""
+        super().parse_arguments(parser, args)
+        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        if path and path not in ("best", "last", "hpc"):
+            check_checkpoint(Path(path))
+
+    def before_instantiate_classes(self) -> None:
+        """W&B asks for a login in the terminal, or fails without one: offline, it logs to a folder instead."""
+        if "WANDB_MODE" not in os.environ and "Wandb" in str(self._get(self.config, "trainer").get("logger")):
+            import wandb
+
+            if not wandb.login(prompt=False):
+                os.environ["WANDB_MODE"] = "offline"
+                print("Not logged in to Weights & Biases: logging offline. `wandb login` changes that.", flush=True)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Ends the program with a clear message when a checkpoint cannot be read.
+
+    Raises:
+        SystemExit: If it is missing, damaged, or not a Lightning checkpoint.
+    """
+    if path.is_dir():
+        return  # sharded: the strategy knows how to read it
+    if not path.exists():
+        near = _closest(path.name, (p.name for p in path.parent.glob("*.ckpt"))) if path.parent.is_dir() else None
+        sys.exit(f"error: there is no checkpoint {path}" + (f"; did you mean {path.parent / near}?" if near else ""))
+    try:
+        keys = set(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # torch raises many kinds for a file that is cut off or of another format
+        sys.exit(
+            f"error: {path} is damaged or no checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). It was"
+            " probably cut off while it was written; use an earlier one."
+        )
+    if "state_dict" not in keys:
+        sys.exit(f"error: {path} is no Lightning checkpoint: it holds {sorted(map(str, keys))[:8]}, no state_dict.")
+
+
+def show_tips(arguments: list[str]) -> int:
+    """Lists the tips with the first line of what they say about themselves."""
+    if arguments:
+        print("usage: lightning-tips tips", file=sys.stderr)
+        return 2
+    for cls in sorted(_subclasses(TipCallback), key=lambda c: c.__name__):
+        summary = (inspect.getdoc(cls) or "").splitlines()[0]
+        print(f"{cls.__name__}\n    {summary}")
+    print("\nIn a yaml, under trainer.callbacks:\n    - class_path: <name>\n      init_args: {...}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``lightning-tips``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        module, _, function = COMMANDS[arguments[0]][0].partition(":")
+        return int(getattr(importlib.import_module(module), function)(arguments[1:]))
+    TipsCLI()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

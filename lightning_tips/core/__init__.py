@@ -1,0 +1,40 @@
+"""What several tips need. Imports no tip."""
+
+from lightning_tips.core.batch import split_batch
+from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
+from lightning_tips.core.events import Event, EventValue
+from lightning_tips.core.loggers import log_numbers, log_picture, log_rows
+from lightning_tips.core.messages import did_you_mean, say
+from lightning_tips.core.monitor import Monitor
+from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
+from lightning_tips.core.report import RunReportCallback
+from lightning_tips.core.schedulers import move_schedulers
+from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
+from lightning_tips.core.tip import ActsOn, Tip, TipCallback, damaged_state, find_tips
+
+__all__ = [
+    "ActsOn",
+    "Event",
+    "EventValue",
+    "Monitor",
+    "RunReportCallback",
+    "Tip",
+    "TipCallback",
+    "WeightDecay",
+    "agree",
+    "before_checkpoint_load",
+    "check_ranks_agree",
+    "damaged_state",
+    "did_you_mean",
+    "find_tips",
+    "install",
+    "log_numbers",
+    "log_picture",
+    "log_rows",
+    "move_schedulers",
+    "parameter_hash",
+    "rebuild_optimizer",
+    "require_strategy",
+    "say",
+    "split_batch",
+]

@@ -1,0 +1,75 @@
+"""Agreement over ranks: one decision for all, and the check that all stayed equal."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TypeVar
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+T = TypeVar("T")
+
+DEBUG_VARIABLE = "LIGHTNING_TIPS_DEBUG"
+
+
+def debugging() -> bool:
+    """Whether ``LIGHTNING_TIPS_DEBUG`` asks for the checks that cost time."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+
+
+def agree(trainer: pl.Trainer, value: T) -> T:
+    """Rank 0's value, on every rank.
+
+    A decision taken from a metric must be taken from the same metric everywhere: a module that logs without
+    ``sync_dist`` has another value on each rank.
+
+    Args:
+        trainer: The trainer of the running fit; all its ranks must call.
+        value: Any picklable object.
+    """
+    return value if trainer.world_size == 1 else trainer.strategy.broadcast(value)
+
+
+def parameter_hash(module: nn.Module) -> str:
+    """A hash of names, shapes, dtypes and bits of all parameters of ``module``.
+
+    Sharded parameters (DTensor) are gathered first, so with them all ranks must call.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        tensor = parameter.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_ranks_agree(trainer: pl.Trainer, module: nn.Module, after: str) -> None:
+    """Raises on every rank when the parameters are not the same on all.
+
+    Args:
+        trainer: The trainer of the running fit; all its ranks must call.
+        module: What to compare, bit for bit.
+        after: What was done before, for the message.
+
+    Raises:
+        RuntimeError: If any rank differs from rank 0.
+    """
+    if trainer.world_size == 1:
+        return
+    mine = parameter_hash(module)
+    differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
+    number = int(trainer.strategy.reduce(differs, reduce_op="sum"))
+    if number:
+        raise RuntimeError(
+            f"{number} of {trainer.world_size} ranks have other parameters than rank 0 after: {after}. Training would"
+            " go on with networks that drift apart. Look for code that runs on one rank only or draws unseeded"
+            " random numbers."
+        )

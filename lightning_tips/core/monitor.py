@@ -1,0 +1,104 @@
+"""A logged metric on which a tip decides: where it comes from, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_tips.core.distributed import agree
+from lightning_tips.core.messages import did_you_mean
+
+
+class Monitor:
+    """Reads one metric once an epoch or validation, the same value on every rank.
+
+    A metric that validation logs is read after each validation (not after the sanity check), any other at the end of
+    each training epoch: which of the two it is, is found out at its first appearance. A tip forwards the hooks of the
+    same names.
+
+    Args:
+        metric: The name under which the module logs it.
+        asker: Who decides on it, for messages.
+    """
+
+    def __init__(self, metric: str, asker: str) -> None:
+        self.metric = metric
+        self.asker = asker
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the last run."""
+        self._source = "unknown"  # or "validation", "training"
+        self._there_before_validation = False
+        self._missed = False
+
+    def on_train_start(self, trainer: pl.Trainer) -> None:
+        """Raises when a validation metric is wanted and there is no validation."""
+        if "val" in self.metric.lower() and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"{self.asker} waits for {self.metric!r}, but no validation runs. Give the Trainer validation data, or"
+                " monitor a training metric."
+            )
+
+    def on_validation_start(self, trainer: pl.Trainer) -> None:
+        """Notes whether the metric is there already: then it is not validation that logs it."""
+        self._there_before_validation = self.metric in trainer.callback_metrics
+
+    def on_validation_end(self, trainer: pl.Trainer) -> float | None:
+        """The metric, if this validation logged it.
+
+        Raises:
+            MisconfigurationException: After the sanity check, so before the first step, when a validation metric has
+                a name that is not logged.
+        """
+        logged = self.metric in trainer.callback_metrics
+        if trainer.sanity_checking:
+            if not logged and trainer.callback_metrics and self.metric.lower().startswith("val"):
+                raise self._missing(trainer)
+            return None
+        if self._source == "unknown" and logged and not self._there_before_validation:
+            self._source = "validation"
+        return self._read(trainer) if self._source == "validation" and logged else None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer) -> float | None:
+        """The metric, if it is one of training."""
+        if self._source == "validation":
+            return None
+        if self.metric in trainer.callback_metrics:
+            self._source = "training"
+            return self._read(trainer)
+        self._missed = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        return None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
+        """Raises when a whole epoch passed, validation included, without the metric; its checkpoint is written."""
+        if self._missed and self._source == "unknown":
+            raise self._missing(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"source": self._source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._source = str(state["source"])
+
+    def _read(self, trainer: pl.Trainer) -> float:
+        value = agree(trainer, float(trainer.callback_metrics[self.metric]))
+        if not math.isfinite(value):
+            rank_zero_warn(
+                f"{self.metric} is {value} in epoch {trainer.current_epoch}; {self.asker} passes over it. If that goes"
+                " on, the learning rate is too high or the data has holes."
+            )
+        return value
+
+    def _missing(self, trainer: pl.Trainer) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"{self.asker} waits for {self.metric!r}, which nobody logs."
+            f" {did_you_mean(self.metric, trainer.callback_metrics)} (A metric logged in the module's own"
+            " on_train_epoch_end comes too late to be seen.)"
+        )

@@ -1,0 +1,100 @@
+"""What remains of a run for people to look at."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_tips.core.loggers import log_picture, log_rows
+from lightning_tips.core.messages import say
+from lightning_tips.core.plot import plot_run
+from lightning_tips.core.tip import find_tips
+
+
+class RunReportCallback(pl.Callback):
+    """Keeps the run's metrics and leaves a plot with the tips' events marked on it, for any module and logger.
+
+    At the end of fit, also of one that was interrupted, the folder ``tips`` in ``trainer.log_dir`` holds ``run.png``,
+    ``metrics.csv`` (one row for each validation or epoch) and ``events.json``; W&B and TensorBoard get the plot, W&B
+    the events as a table. The history is kept in checkpoints, so that a resumed run's plot shows all of it.
+
+    Args:
+        metrics: Names of the metrics to draw. By default every epoch-level loss in one panel, every other metric with
+            values from 0 to 1 in another, and the learning rates in a third.
+        plot: Whether to draw at all.
+    """
+
+    def __init__(self, metrics: list[str] | None = None, plot: bool = True) -> None:
+        self.metrics = metrics
+        self.plot = plot
+        self._rows: list[dict[str, float]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Starts a new history when a new run starts."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._rows = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the metrics."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._note(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the metrics, those of the training epoch now among them."""
+        self._note(trainer)
+
+    def _note(self, trainer: pl.Trainer) -> None:
+        row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
+        row |= {f"lr/{i}": max(float(g["lr"]) for g in o.param_groups) for i, o in enumerate(trainer.optimizers)}
+        row |= {name: float(v) for name, v in trainer.callback_metrics.items() if not name.endswith("_step")}
+        if self._rows and self._rows[-1]["step"] == row["step"]:
+            self._rows[-1].update(row)
+        else:
+            self._rows.append(row)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the report."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Writes the report of an interrupted run."""
+        if self._rows and isinstance(exception, KeyboardInterrupt):
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        folder = trainer.log_dir  # asks the other ranks, so on all of them
+        if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:
+            return
+        target = Path(folder) / "tips"
+        target.mkdir(parents=True, exist_ok=True)
+        events = sorted((e for tip in find_tips(trainer) for e in tip.events), key=lambda e: e.step)
+        (target / "events.json").write_text(json.dumps([e.to_dict() for e in events], indent=2) + "\n")
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        with (target / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        log_rows(
+            trainer,
+            "tips/events",
+            ["tip", "epoch", "step", "event", "details"],
+            [[e.tip, e.epoch, e.step, e.what, json.dumps(e.details)] for e in events],
+        )
+        written = "metrics.csv, events.json"
+        if self.plot and self._rows:
+            plot_run(self._rows, events, target / "run.png", self.metrics)
+            log_picture(trainer, "tips/run", target / "run.png")
+            written = "run.png, " + written
+        say(trainer, f"The run's report is in {target}: {written}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as plain data."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the history."""
+        self._rows = [dict(row) for row in state_dict["rows"]]

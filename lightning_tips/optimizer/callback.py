@@ -1,0 +1,374 @@
+"""`OptimizerSwitchCallback`: start with Adam, go on with SGD."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lightning_tips.core import (
+    ActsOn,
+    Monitor,
+    TipCallback,
+    WeightDecay,
+    agree,
+    before_checkpoint_load,
+    damaged_state,
+    install,
+    require_strategy,
+)
+from lightning_tips.optimizer import checks
+from lightning_tips.optimizer.swats import SettledTrigger, SwatsProjection
+from lightning_tips.optimizer.switch import Switch, switch_optimizer
+from lightning_tips.optimizer.triggers import FluctuationTrigger, MetricTrigger, PlateauTrigger
+from lightning_tips.optimizer.warmup import warm_up
+
+
+class OptimizerSwitchCallback(TipCallback):
+    """Replaces the module's optimizer in the middle of training, by default Adam by SGD when the metric stalls.
+
+    Adam is quick and forgiving at the start, SGD with momentum often ends better (Keskar & Socher 2017, arXiv
+    1712.07628). The decision is taken after a validation, the switch happens at the start of the next training epoch
+    (``"step"`` and ``"swats"``: before the next optimizer step). Several callbacks make a chain: each one waits
+    until the one before it has switched.
+
+    Args:
+        optimizer: Makes the optimizer to switch to from parameter groups; in yaml ``class_path`` and ``init_args``.
+        lr: Its learning rate, given to the parameter group with the largest one while the others keep their ratio.
+            ``None``: what ``optimizer`` says. ``"auto"``: the SWATS projection, for SGD only; a fallback when no good
+            rate is known, a rate tuned for SGD ends better.
+        lr_scheduler: Makes a scheduler for the new optimizer. ``None``: the module's own schedulers go on, on the new
+            optimizer; the ones that cannot (one-cycle and the like) are dropped with a message.
+        trigger: ``"plateau"``: the metric stopped improving. ``"fluctuation"``: its trend drowns in its fluctuation.
+            ``"swats"``: the projected learning rate settled. ``"epoch"``, ``"step"``: ``at`` a given time.
+        at: For ``"epoch"``: how many epochs the first optimizer gets. For ``"step"``: how many optimizer steps.
+        monitor: Logged metric that ``"plateau"`` and ``"fluctuation"`` watch, from validation or, where validation
+            does not log it, from the training epoch.
+        mode: ``"min"`` or ``"max"``.
+        patience: Validations without improvement before it decides; 3 or more. The larger, the smaller an improvement
+            it can tell from noise.
+        min_delta: Smallest improvement over ``patience`` validations that counts, in units of the metric.
+        noise_margin: How far an improvement must stand out of the metric's own noise: 1 is the tested margin, a factor
+            on it; 0 looks at the slope alone.
+        cooldown: Validations to ignore first (in a chain: after the switch before).
+        min_epochs: No switch before so many epochs are over; counts for ``"swats"`` too.
+        smoothing: Factor in [0, 1) of the moving average that the metric passes first; 0 for none.
+        tolerance: For ``"swats"``: how far, as a share, the projection may still drift.
+        weight_decay: How the old weight decay comes over: ``"map"`` translates between decoupled (AdamW) and L2 (SGD)
+            unless ``optimizer`` sets one itself, ``"keep"`` takes the number, ``"optimizer"`` the new one's.
+        warmup_steps: Optimizer steps over which the new rate rises from near 0.
+        lr_scheduler_interval: ``"epoch"`` or ``"step"``, for ``lr_scheduler``.
+        optimizer_index: Which optimizer of a module with several.
+
+    Raises:
+        ValueError: For arguments that make no sense.
+        MisconfigurationException: Before the first step, for a strategy, callback or module it cannot work with.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> switch = OptimizerSwitchCallback(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), patience=3)
+        >>> trainer = Trainer(callbacks=[switch], logger=False, accelerator="cpu")
+    """
+
+    tip = "optimizer"
+    acts_on = ActsOn.OPTIMIZER
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+        lr: float | Literal["auto"] | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        trigger: Literal["plateau", "fluctuation", "swats", "epoch", "step"] = "plateau",
+        at: int | None = None,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+        noise_margin: float = 1.0,
+        cooldown: int = 0,
+        min_epochs: int = 1,
+        smoothing: float = 0.0,
+        tolerance: float = 0.1,
+        weight_decay: WeightDecay = "map",
+        warmup_steps: int = 0,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        optimizer_index: int = 0,
+    ) -> None:
+        self.optimizer = optimizer
+        self.lr = lr
+        self.lr_scheduler = lr_scheduler
+        self.trigger = trigger
+        self.at = at
+        self.monitor = monitor
+        self.patience = patience
+        self.min_epochs = min_epochs
+        self.warmup_steps = warmup_steps
+        self.weight_decay: WeightDecay = weight_decay
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.optimizer_index = optimizer_index
+        checks.check_arguments(self)
+
+        # What decides: exactly one of these, or `at`.
+        self._stall: MetricTrigger | None = None
+        self._settled: SettledTrigger | None = None
+        if trigger in ("plateau", "fluctuation"):
+            kind = PlateauTrigger if trigger == "plateau" else FluctuationTrigger
+            self._stall = kind(mode, patience, min_delta, cooldown, min_epochs, smoothing, noise_margin)
+        elif trigger == "swats":
+            self._settled = SettledTrigger(tolerance)
+        self._metric = Monitor(monitor, type(self).__name__)
+        self._projection = SwatsProjection() if trigger == "swats" or lr == "auto" else None
+        self.reset()
+
+    @property
+    def switched(self) -> bool:
+        """Whether the new optimizer is in use."""
+        return self._switched
+
+    def describe(self) -> str:
+        """For the table at fit start."""
+        when = {
+            "plateau": f"when {self.monitor} has not improved for {self.patience} validations",
+            "fluctuation": f"when the trend of {self.monitor} drowns in its fluctuation",
+            "swats": "when the SWATS projection has settled",
+            "epoch": f"after {self.at} epochs",
+            "step": f"after {self.at} steps",
+        }[self.trigger]
+        return f"{self._plan} {when}"
+
+    def outlook(self) -> str:
+        """For the table at fit end, when there was no switch."""
+        return f"no switch: the moment for {self.describe()} did not come"
+
+    # ---- state
+
+    @property
+    def state_key(self) -> str:
+        """Tells the switches of a chain apart in a checkpoint."""
+        told = {"trigger": self.trigger, "at": self.at, "lr": self.lr, "optimizer_index": self.optimizer_index}
+        return f"{type(self).__qualname__}{told}"
+
+    def reset(self) -> None:
+        """Forgets the last run."""
+        super().reset()
+        self._switched = False
+        self._pending = False  # decided, to be done at the start of the next epoch
+        self._rate: float | None = None  # the rate found at the switch, for the same switch on resume
+        self._switch_step = 0
+        self._plan = ""
+        self.previous: list[OptimizerSwitchCallback] = []  # those of the chain that switch earlier
+        self._checkpoint_options: set[str] | None = None
+        self._unproven = False  # installed, but not yet seen to step
+        self._first_step = 0  # of this fit, which may be a resumed one
+        for part in self._parts.values():
+            part.reset()
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "metric": self._metric,
+            "stall": self._stall,
+            "settled": self._settled,
+            "projection": self._projection,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for the checkpoint."""
+        return super().state_dict() | {
+            "switched": self._switched,
+            "pending": self._pending,
+            "rate": self._rate,
+            "switch_step": self._switch_step,
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`; the optimizer itself follows in ``on_fit_start``."""
+        super().load_state_dict(state_dict)
+        try:
+            self._switched = bool(state_dict["switched"])
+            self._pending = bool(state_dict["pending"])
+            self._rate = state_dict["rate"]
+            self._switch_step = int(state_dict["switch_step"])
+            for name, part in self._parts.items():
+                part.load_state_dict(state_dict["parts"][name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged_state(self, error) from error
+
+    # ---- before the first step
+
+    def conflict_with(self, other: object) -> str | None:
+        """Stochastic weight averaging keeps the optimizer that it found, and sets its rate."""
+        if isinstance(other, StochasticWeightAveraging):
+            return (
+                "it holds on to the first optimizer and sets its learning rate. EMAWeightAveraging and WeightAveraging"
+                " average the weights under any optimizer; use one of them."
+            )
+        return None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks what can be known before anything is built."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        require_strategy(trainer, self)
+        chain = [
+            tip
+            for tip in trainer.callbacks
+            if isinstance(tip, OptimizerSwitchCallback) and tip.optimizer_index == self.optimizer_index
+        ]
+        self.previous = chain[: chain.index(self)]
+        checks.check_plan(trainer, self)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            before_checkpoint_load(trainer.strategy, self.state_key, partial(self._rebuild_for, trainer))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes which options the checkpoint's optimizer has."""
+        self._checkpoint_options = checks.group_options(checkpoint, self.optimizer_index)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tries the switch out. On resume after the switch, does it before the optimizer's state is loaded."""
+        checks.check_optimizer(trainer, pl_module, self.optimizer_index)
+        trial = self._make(trainer)
+        checks.check_trial(pl_module, trial, self.lr)
+        old = trainer.optimizers[self.optimizer_index]
+        self._plan = f"{type(old).__name__} -> {type(trial.optimizer).__name__} (lr {self.lr or trial.details['lr']})"
+        if self._switched and not trainer.strategy.restore_checkpoint_after_setup:
+            self._install(trainer, trial)
+        is_last = not any(self in getattr(other, "previous", ()) for other in trainer.callbacks)
+        if is_last and self._checkpoint_options is not None:
+            checks.check_resumable(trainer.optimizers[self.optimizer_index], self._checkpoint_options)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts to watch."""
+        super().on_train_start(trainer, pl_module)
+        self._first_step = trainer.global_step
+        if self._stall is not None:
+            self._metric.on_train_start(trainer)
+        if self._armed:
+            self._start_projection(trainer)
+
+    # ---- when
+
+    @property
+    def _armed(self) -> bool:
+        return not self._switched and all(earlier._switched for earlier in self.previous)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The metric is looked for before and after validation."""
+        self._metric.on_validation_start(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decides, if validation logs the metric."""
+        if self._stall is not None and not self._switched:
+            self._decide(trainer, self._metric.on_validation_end(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decides, if training logs the metric."""
+        if self._stall is not None and not self._switched:
+            self._decide(trainer, self._metric.on_train_epoch_end(trainer))
+
+    def _decide(self, trainer: pl.Trainer, value: float | None) -> None:
+        assert self._stall is not None
+        if value is not None and self._armed and self._stall.update(value, trainer.current_epoch):
+            self._pending = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Switches, if that was decided."""
+        self._check_stepped(trainer)
+        if self._stall is not None and not self._switched:
+            self._metric.on_train_epoch_start(trainer)
+        if self._armed and (self._pending or (self.trigger == "epoch" and trainer.current_epoch >= (self.at or 0))):
+            self._switch(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Switches between two steps, for the triggers that count steps."""
+        # Gradients that are being accumulated lie on the parameters, so none is lost.
+        if self._switched or self.trigger not in ("step", "swats") or not self._armed:
+            return
+        if self.trigger == "step":
+            due = trainer.global_step >= (self.at or 0)
+        else:
+            assert self._settled is not None and self._projection is not None
+            if self._settled.looks == self._projection.looks:
+                return  # nothing new; and all ranks ask each other at the same steps
+            due = agree(trainer, self._settled.update(self._projection)) and trainer.current_epoch >= self.min_epochs
+        if due:
+            self._switch(trainer)
+
+    # ---- the switch
+
+    def _make(self, trainer: pl.Trainer) -> Switch:
+        """The switch as it would be now, not yet installed."""
+        return switch_optimizer(
+            trainer.optimizers[self.optimizer_index],
+            self.optimizer,
+            lr=self._rate if isinstance(self.lr, str) else self.lr,
+            schedulers=trainer.lr_scheduler_configs,
+            new_scheduler=self.lr_scheduler,
+            interval=self.lr_scheduler_interval,
+            monitor=self.monitor,
+            weight_decay=self.weight_decay,
+        )
+
+    def _switch(self, trainer: pl.Trainer) -> None:
+        details: dict[str, Any] = {"trigger": self.trigger}
+        old = trainer.optimizers[self.optimizer_index]
+        if self._projection is not None:
+            projected = agree(trainer, self._projection.rate_for(self._make(trainer).optimizer))
+            self._projection.unwatch()
+            if projected is not None:
+                details["swats_lr"] = projected
+            if self.lr == "auto":
+                self._rate = projected
+        switch = self._make(trainer)
+        checks.warn_about_rate(self.lr, switch, details.get("swats_lr"))
+        self._switched, self._pending, self._switch_step = True, False, trainer.global_step
+        self._install(trainer, switch)
+        self.record(
+            trainer, f"{type(old).__name__} -> {type(switch.optimizer).__name__}", **switch.details | details
+        )
+        for later in trainer.callbacks:
+            if isinstance(later, OptimizerSwitchCallback) and self in later.previous and later._armed:
+                later._start_projection(trainer)
+
+    def _install(self, trainer: pl.Trainer, switch: Switch) -> None:
+        install(trainer, self.optimizer_index, switch.optimizer, switch.schedulers)
+        if self.warmup_steps:
+            warm_up(switch.optimizer, self.warmup_steps, lambda: trainer.global_step - self._switch_step)
+        self._unproven = True
+        switch.optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *_: Any) -> None:
+        self._unproven = False
+
+    def _check_stepped(self, trainer: pl.Trainer) -> None:
+        if self._unproven and trainer.global_step > max(self._switch_step, self._first_step):
+            raise RuntimeError(
+                f"{type(trainer.lightning_module).__name__} has not used its optimizer {self.optimizer_index} since the"
+                f" switch in step {self._switch_step}. It probably keeps an optimizer of its own; with manual"
+                " optimization, get it from self.optimizers() in each training_step."
+            )
+
+    def _rebuild_for(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Brings the checkpoint's optimizer into place, for strategies that load it together with the weights."""
+        self.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None:
+            self.load_state_dict(state)
+            if self._switched:
+                self._install(trainer, self._make(trainer))
+
+    def _start_projection(self, trainer: pl.Trainer) -> None:
+        if self._projection is not None:
+            self._projection.watch(trainer.optimizers[self.optimizer_index])

@@ -1,0 +1,128 @@
+"""What can be wrong with an optimizer switch, said before the first step wherever it can be known."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_tips.core import did_you_mean
+from lightning_tips.optimizer.switch import Switch
+
+if TYPE_CHECKING:
+    from lightning_tips.optimizer.callback import OptimizerSwitchCallback
+
+TRIGGERS = ("plateau", "fluctuation", "swats", "epoch", "step")
+# Options that tell one family of optimizers from another, whatever else a torch version adds.
+_TELLING_OPTIONS = {"momentum", "dampening", "betas", "alpha", "rho"}
+WEIGHT_DECAYS = ("map", "keep", "optimizer")
+
+
+def check_arguments(callback: OptimizerSwitchCallback) -> None:
+    """Raises ValueError for arguments that make no sense."""
+    trigger, at, lr = callback.trigger, callback.at, callback.lr
+    if trigger not in TRIGGERS:
+        raise ValueError(f"trigger={trigger!r} is unknown. {did_you_mean(str(trigger), TRIGGERS)}")
+    if (trigger in ("epoch", "step")) != (at is not None):
+        needs = "at=<a number>" if at is None else "no `at`: it decides by itself"
+        raise ValueError(f"trigger={trigger!r} needs {needs}.")
+    if at is not None and at < 0:
+        raise ValueError(f"at={at} lies before the start; give 0 or more.")
+    usable = lr is None or lr == "auto" or (not isinstance(lr, str) and math.isfinite(lr) and lr > 0)
+    if not usable:
+        raise ValueError(f"lr={lr!r} is no learning rate; give a number above 0, 'auto' or None.")
+    if callback.weight_decay not in WEIGHT_DECAYS:
+        raise ValueError(
+            f"weight_decay={callback.weight_decay!r} is unknown. {did_you_mean(callback.weight_decay, WEIGHT_DECAYS)}"
+        )
+    if callback.warmup_steps < 0 or callback.optimizer_index < 0 or callback.min_epochs < 0:
+        raise ValueError("warmup_steps, optimizer_index and min_epochs must be 0 or more.")
+
+
+def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
+    """Raises for a chain in the wrong order; warns of a switch that the run will end before."""
+    trigger, at = callback.trigger, callback.at
+    for earlier in callback.previous:
+        if at is not None and earlier.at is not None and earlier.trigger == trigger and earlier.at >= at:
+            raise MisconfigurationException(
+                f"Switches at {trigger} {earlier.at} and then at {trigger} {at}: the callbacks of a chain stand in the"
+                " order in which they switch, each later than the one before."
+            )
+    end = {"epoch": trainer.max_epochs, "step": trainer.max_steps}.get(trigger)
+    if at is not None and end is not None and 0 <= end <= at:
+        rank_zero_warn(f"There will be no switch: it is set for {trigger} {at}, and the run ends at {trigger} {end}.")
+    for other in trainer.callbacks if trigger == "plateau" else ():
+        if isinstance(other, EarlyStopping) and other.monitor == callback.monitor:
+            if other.patience <= callback.patience:
+                rank_zero_warn(
+                    f"EarlyStopping on {other.monitor} with patience {other.patience} ends the run before the switch,"
+                    f" which has patience {callback.patience}. Give EarlyStopping several times that."
+                )
+
+
+def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+    """Raises when the module has no such optimizer."""
+    optimizers = trainer.optimizers
+    # A module that returns None from configure_optimizers gets a stand-in without a learning rate.
+    if index >= len(optimizers) or "lr" not in optimizers[index].param_groups[0]:
+        raise MisconfigurationException(
+            f"There is no optimizer {index} to switch from: {type(pl_module).__name__} configures"
+            f" {[type(o).__name__ for o in optimizers if 'lr' in o.param_groups[0]] or 'none'}. Set optimizer_index,"
+            " or return an optimizer from configure_optimizers."
+        )
+
+
+def check_trial(pl_module: pl.LightningModule, trial: Switch, lr: float | str | None) -> None:
+    """Raises for a switch that could be made but would not do what it should."""
+    name = type(trial.optimizer).__name__
+    if lr == "auto" and not name.upper().startswith("SGD"):
+        raise MisconfigurationException(f"lr='auto' projects a rate for SGD, not for {name}; give lr a number.")
+    if trial.dropped and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{', '.join(trial.dropped)} cannot follow to {name}, and {type(pl_module).__name__} steps its schedulers"
+            " itself (manual optimization). Pass lr_scheduler=... to replace it."
+        )
+
+
+def group_options(checkpoint: dict[str, Any], index: int) -> set[str] | None:
+    """The option names of an optimizer in a checkpoint, ``None`` where it holds no optimizer state."""
+    states = checkpoint.get("optimizer_states") or []
+    groups = states[index].get("param_groups") if index < len(states) else None
+    return set(groups[0]) if groups else None
+
+
+def check_resumable(optimizer: Optimizer, saved: set[str]) -> None:
+    """Raises when a checkpoint was written with another kind of optimizer than the one about to load it.
+
+    Torch loads it all the same, and fails in the first step with a KeyError, or trains on with the wrong options.
+    """
+    if set(optimizer.defaults) & _TELLING_OPTIONS != saved & _TELLING_OPTIONS:
+        raise MisconfigurationException(
+            f"The checkpoint holds another optimizer than {type(optimizer).__name__}: its options are"
+            f" {sorted(saved - {'params', 'initial_lr'})}. Resume with the module, the OptimizerSwitchCallbacks and the"
+            " arguments (trigger, at, lr) that it was trained with; to go on from its weights alone, load them into the"
+            " module and call fit without ckpt_path."
+        )
+
+
+def warn_about_rate(lr: float | str | None, switch: Switch, projected: float | None) -> None:
+    """Warns when ``lr='auto'`` found nothing, and when a given rate is far from the projected one."""
+    used = float(switch.details["lr"])
+    name = type(switch.optimizer).__name__
+    if lr == "auto":
+        if projected is None:
+            rank_zero_warn(
+                f"The steps so far project on no positive learning rate; {name} starts with its own, {used:.3g}. Give"
+                " lr a number, or let the first optimizer run longer."
+            )
+    elif projected is not None and name.upper().startswith("SGD") and not 1 / 3 <= used / projected <= 3:
+        rank_zero_warn(
+            f"{name} starts with lr={used:.3g}, {used / projected:.2g} times what the SWATS projection gives"
+            f" ({projected:.3g}). A rate tuned for SGD is often right all the same; if the loss jumps, use warmup_steps"
+            " or a smaller lr."
+        )

@@ -1,0 +1,26 @@
+"""Reference model and data for examples, configs and tests. No tip needs them: bring your own."""
+
+from lightning_tips.vision.classifier import ImageClassifier
+from lightning_tips.vision.data import ImageDataModule, ImageDataset, stratified_order
+from lightning_tips.vision.datasets import (
+    CIFAR10DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageFolderDataModule,
+)
+from lightning_tips.vision.networks import CifarResNet, Normalization, build_network, cifar_resnet
+
+__all__ = [
+    "CIFAR10DataModule",
+    "CifarResNet",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageClassifier",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageFolderDataModule",
+    "Normalization",
+    "build_network",
+    "cifar_resnet",
+    "stratified_order",
+]

@@ -1,0 +1,26 @@
+"""Warnings are errors, in this process and in those that tests start; these few are not ours to mend."""
+
+import warnings
+
+ALLOWED = [
+    # (message as a regular expression, category name)
+    (r".*does not have many workers which may be a bottleneck.*", "UserWarning"),  # tests want none
+    (r".*isinstance\(treespec, LeafSpec\).* is deprecated.*", "FutureWarning"),  # Lightning with torch >= 2.9
+    (r".*is smaller than the logging interval.*", "UserWarning"),  # tiny data sets
+    (r".*exists and is not empty", "UserWarning"),  # a resumed run goes on in its folder
+    # Lightning's CLI with jsonargparse >= 4.49
+    (r"\s*``instantiate_classes`` was deprecated", "DeprecationWarning"),
+    (r"\s*By default only one JsonargparseDeprecationWarning", "DeprecationWarning"),
+    (r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*", "DeprecationWarning"),
+]
+
+
+def ini_lines() -> list[str]:
+    return ["error", *(f"ignore:{message}:{category}" for message, category in ALLOWED)]
+
+
+def apply() -> None:
+    """For a process that is not pytest."""
+    warnings.simplefilter("error")
+    for message, category in ALLOWED:
+        warnings.filterwarnings("ignore", message, getattr(__import__("builtins"), category))

@@ -1,0 +1,30 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+
+import allowed_warnings  # noqa: E402
+
+
+torch.set_num_threads(1)  # networks this small only wait for a second thread
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in allowed_warnings.ini_lines():
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each test runs in its own folder, leaves the environment as it found it, and never reaches for a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,174 @@
+"""What the tests drive tips with: a plain module that knows nothing of tips, data that can resume, a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+STEPS_A_EPOCH = 4
+
+
+class PlainModule(LightningModule):
+    """A small convolutional network with BatchNorm, Adam and a scheduler, as anybody would write it."""
+
+    def __init__(self, scheduler: bool = True) -> None:
+        super().__init__()
+        self.scheduler = scheduler
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU()
+        )
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean((2, 3)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log("val_loss", F.cross_entropy(logits, labels), sync_dist=True)
+        self.log("val_acc", (logits.argmax(1) == labels).float().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        if not self.scheduler:
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)]
+
+
+class ResumableLoader:
+    """Batches in an order that depends on (seed, epoch) alone, which goes on after a resume where it was."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool) -> None:
+        self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
+        self.epoch, self.position = 0, 0
+        self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def __len__(self) -> int:
+        return len(self.images) // (self.batch_size * self._world()[0])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.shuffle:
+            self.position = 0
+        order = torch.arange(len(self.images))
+        if self.shuffle:
+            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch))
+        world, rank = self._world()
+        for batch in range(self.position, len(self)):
+            chosen = order[rank::world][batch * self.batch_size : (batch + 1) * self.batch_size]
+            self.position = batch + 1
+            yield self.images[chosen], self.labels[chosen]
+
+    @staticmethod
+    def _world() -> tuple[int, int]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_world_size(), torch.distributed.get_rank()
+        return 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class PlainData(LightningDataModule):
+    """A few of scikit-learn's digits: real images, 8x8."""
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__()
+        digits = load_digits()
+        self.images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+        self.labels = torch.tensor(digits.target)
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> ResumableLoader:
+        size = STEPS_A_EPOCH * self.batch_size * ResumableLoader._world()[0]
+        return ResumableLoader(self.images[:size], self.labels[:size], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(self.images[-128:], self.labels[-128:], 64, shuffle=False)
+
+
+def build(
+    *callbacks: Callback, folder: Path, max_epochs: int = 6, module: LightningModule | None = None, **trainer: Any
+) -> tuple[Trainer, LightningModule]:
+    """A trainer and a module, seeded, quiet, on CPU."""
+    seed_everything(0, verbose=False)
+    module = module or PlainModule()
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "default_root_dir": folder,
+        "num_sanity_val_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), max_epochs=max_epochs, **arguments | trainer), module
+
+
+def fit(*callbacks: Callback, folder: Path, ckpt_path: Path | None = None, data: Any = None, **arguments: Any) -> Trainer:
+    """Trains a plain module on plain data and returns the trainer, whose ``lightning_module`` is the trained one."""
+    trainer, module = build(*callbacks, folder=folder, **arguments)
+    trainer.fit(module, datamodule=data or PlainData(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def every_step(folder: Path) -> ModelCheckpoint:
+    """Keeps a checkpoint of every training step."""
+    return ModelCheckpoint(folder, filename="step-{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def every_epoch(folder: Path) -> ModelCheckpoint:
+    """Keeps a checkpoint of every epoch, written after its validation."""
+    return ModelCheckpoint(folder, filename="epoch-{epoch}", save_top_k=-1)
+
+
+def bits(trainer: Trainer) -> dict[str, Any]:
+    """Everything that training produced: weights, buffers, optimizer and scheduler state, the tips' events."""
+    from lightning_tips.core import find_tips
+
+    return {
+        "weights": {k: v.clone() for k, v in trainer.lightning_module.state_dict().items()},
+        "optimizers": [o.state_dict() for o in trainer.optimizers],
+        "kinds": [type(o).__name__ for o in trainer.optimizers],
+        "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
+        "events": [[str(e) for e in tip.events] for tip in find_tips(trainer)],
+        "step": trainer.global_step,
+    }
+
+
+def assert_same(first: Any, second: Any, where: str = "") -> None:
+    """Equal to the bit, all the way down."""
+    assert type(first) is type(second), where
+    if isinstance(first, Tensor):
+        assert torch.equal(first, second), f"{where}: max |d| = {(first - second).abs().max()}"
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    elif not callable(first):
+        assert first == second, where

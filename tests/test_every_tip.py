@@ -1,0 +1,171 @@
+"""What holds for every tip, row by row of the settings table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from harness import PlainModule, STEPS_A_EPOCH, assert_same, bits, build, every_epoch, every_step, fit, PlainData
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from settings import NAMES, SETTINGS, Setting
+
+HERE = Path(__file__).parent
+EPOCHS = 6
+
+every_tip = pytest.mark.parametrize("setting", SETTINGS, ids=NAMES)
+
+
+def start(folder: Path, tips: list, arguments: dict, *more: str) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "worker.py"), str(folder), json.dumps(tips), json.dumps(arguments), *more]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        command,
+        env=environment | {"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@every_tip
+def test_trains_a_plain_module_and_changes_what_it_should(setting: Setting, tmp_path: Path) -> None:
+    tip = setting.make()
+    trainer = fit(tip, folder=tmp_path)
+    setting.changed(trainer, tip)
+    assert trainer.global_step == EPOCHS * STEPS_A_EPOCH
+
+
+@every_tip
+def test_trains_again_with_the_same_tip(setting: Setting, tmp_path: Path) -> None:
+    tip = setting.make()
+    first = bits(fit(tip, folder=tmp_path))
+    trainer = fit(tip, folder=tmp_path)
+    setting.changed(trainer, tip)
+    assert_same(bits(trainer), first)
+
+
+@every_tip
+def test_same_trainer_goes_on(setting: Setting, tmp_path: Path) -> None:
+    tip = setting.make()
+    trainer, module = build(tip, folder=tmp_path)
+    trainer.fit(module, datamodule=PlainData())
+    trainer.fit_loop.max_epochs = EPOCHS + 2
+    trainer.fit(module, datamodule=PlainData())
+    setting.changed(trainer, tip)
+
+
+@every_tip
+@pytest.mark.parametrize("keep", [every_step, every_epoch])
+def test_resumed_run_equals_the_uninterrupted_one(setting: Setting, keep, tmp_path: Path) -> None:
+    tip = setting.make()
+    uninterrupted = fit(tip, keep(tmp_path / "kept"), folder=tmp_path)
+    setting.changed(uninterrupted, tip)
+    expected = bits(uninterrupted)
+    checkpoints = sorted((tmp_path / "kept").glob("*.ckpt"), key=lambda p: int(p.stem.split("=")[-1]))
+    assert len(checkpoints) == (EPOCHS * STEPS_A_EPOCH if keep is every_step else EPOCHS)
+    for checkpoint in checkpoints[:-1]:
+        torch.load(checkpoint, weights_only=True)
+        tip = setting.make()
+        resumed = fit(tip, keep(tmp_path / "kept"), folder=tmp_path, ckpt_path=checkpoint)
+        setting.changed(resumed, tip)
+        assert_same(bits(resumed), expected, checkpoint.stem)
+
+
+@every_tip
+def test_killed_run_resumes_from_what_lies_on_disk(setting: Setting, tmp_path: Path) -> None:
+    tip = [[SETTINGS.index(setting), {}]]
+    finish(start(tmp_path / "whole", tip, {"max_epochs": EPOCHS}))
+    process = start(tmp_path / "killed", tip, {"max_epochs": EPOCHS, "keep": "epoch"})
+    kept = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 100
+    while len(list(kept.glob("*.ckpt"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    newest = sorted(kept.glob("*.ckpt"))[-2]  # the newest may have been cut off
+    finish(start(tmp_path / "killed", tip, {"max_epochs": EPOCHS, "keep": "epoch"}, str(newest)))
+    results = [json.loads((tmp_path / run / "rank-0.json").read_text()) for run in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+@every_tip
+def test_two_ranks_stay_equal(setting: Setting, tmp_path: Path) -> None:
+    tip = [[SETTINGS.index(setting), {}]]
+    finish(start(tmp_path, tip, {"max_epochs": EPOCHS, "devices": 2, "strategy": "ddp"}))
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["events"][0]
+
+
+@every_tip
+def test_yaml_round_trip(setting: Setting, tmp_path: Path, monkeypatch, capsys) -> None:
+    from lightning_tips.cli import main
+
+    config = {
+        "seed_everything": 1,
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "max_epochs": EPOCHS,
+            "limit_train_batches": STEPS_A_EPOCH,
+            "limit_val_batches": 1,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "callbacks": [setting.yaml | {"class_path": setting.tip.__name__}],
+        },
+        "model": {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}},
+        "data": {"class_path": "DigitsDataModule"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["lightning-tips", "fit", "--config", "config.yaml", "--print_config"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+
+    monkeypatch.setattr(sys, "argv", ["lightning-tips", "fit", "--config", "printed.yaml", "--print_config"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out == printed
+
+    monkeypatch.setattr(sys, "argv", ["lightning-tips", "fit", "--config", "printed.yaml"])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "What the tips did" in shown
+    assert setting.tip.__name__ in shown
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    list(combinations_with_replacement(SETTINGS, 2)),
+    ids=[f"{a.tip.__name__}+{b.tip.__name__}" for a, b in combinations_with_replacement(SETTINGS, 2)],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_every_pair_works_or_refuses_before_the_first_step(one: Setting, other: Setting, swap, tmp_path: Path) -> None:
+    tips = [one.make(), other.make(**({"at": 4} if other is one else {}))]
+    module = PlainModule()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    try:
+        trainer = fit(*(reversed(tips) if swap else tips), folder=tmp_path, module=module)
+    except MisconfigurationException as error:
+        assert_same(dict(module.state_dict()), before)
+        assert len(str(error)) > 40  # noqa: PT017  says what to do
+        return
+    for tip in tips:
+        assert tip.events
+    assert trainer.global_step == EPOCHS * STEPS_A_EPOCH
