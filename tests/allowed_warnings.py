@@ -9,7 +9,7 @@ ALLOWED = [
     (r".*is smaller than the logging interval.*", "UserWarning"),  # tiny data sets
     (r".*exists and is not empty", "UserWarning"),  # a resumed run goes on in its folder
     # Lightning's CLI with jsonargparse >= 4.49
-    (r"\s*``instantiate_classes`` was deprecated", "DeprecationWarning"),
+    (r"[\s\S]*was deprecated in v4\.[\s\S]*", "DeprecationWarning"),
     (r"\s*By default only one JsonargparseDeprecationWarning", "DeprecationWarning"),
     (r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*", "DeprecationWarning"),
 ]

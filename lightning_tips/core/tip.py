@@ -95,16 +95,38 @@ class TipCallback(Tip, pl.Callback):
     Subclasses that override a hook used here call ``super()``.
     """
 
+    _started_epoch = -1
+
     def reset(self) -> None:
         """Forgets the last run. Called when a run starts at step 0, before a checkpoint is loaded."""
         self.events.clear()
 
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a tip acts: before the first batch of every training epoch, once, after the last one's validation."""
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Puts the tips in order and checks that they go together."""
         if stage == "fit":
+            self._started_epoch = -1
             if trainer.global_step == 0:
                 self.reset()
             arrange_tips(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the epoch."""
+        self._started_epoch = trainer.current_epoch
+        self.start_epoch(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Starts an epoch whose start Lightning skipped.
+
+        Lightning resumes from a checkpoint of the last batch of an epoch with the first batch of the next, without
+        ``on_train_epoch_start`` (and without the validation between them, which is lost).
+        """
+        if batch_idx == 0 and self._started_epoch != trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all will do."""

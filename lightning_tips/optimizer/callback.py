@@ -281,7 +281,7 @@ class OptimizerSwitchCallback(TipCallback):
         if value is not None and self._armed and self._stall.update(value, trainer.current_epoch):
             self._pending = True
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switches, if that was decided."""
         self._check_stepped(trainer)
         if self._stall is not None and not self._switched:
@@ -293,6 +293,7 @@ class OptimizerSwitchCallback(TipCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Switches between two steps, for the triggers that count steps."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         # Gradients that are being accumulated lie on the parameters, so none is lost.
         if self._switched or self.trigger not in ("step", "swats") or not self._armed:
             return
