@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,7 +123,7 @@ class TipsCLI(LightningCLI):
             import wandb
 
             if not wandb.login(prompt=False):
-                os.environ["WANDB_MODE"] = "offline"
+                wandb.setup(settings=wandb.Settings(mode="offline"))
                 print("Not logged in to Weights & Biases: logging offline. `wandb login` changes that.", flush=True)
 
 
@@ -166,6 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         module, _, function = COMMANDS[arguments[0]][0].partition(":")
         return int(getattr(importlib.import_module(module), function)(arguments[1:]))
+    # Lightning 2.6 trips over a deprecation of torch 2.14 in each run; no user can do anything about it.
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
     TipsCLI()
     return 0
 

@@ -8,6 +8,7 @@ ALLOWED = [
     (r".*isinstance\(treespec, LeafSpec\).* is deprecated.*", "FutureWarning"),  # Lightning with torch >= 2.9
     (r".*is smaller than the logging interval.*", "UserWarning"),  # tiny data sets
     (r".*exists and is not empty", "UserWarning"),  # a resumed run goes on in its folder
+    (r"The dirpath has changed from", "UserWarning"),  # validating elsewhere than one trained
     # Lightning's CLI with jsonargparse >= 4.49
     (r"[\s\S]*was deprecated in v4\.[\s\S]*", "DeprecationWarning"),
     (r"\s*By default only one JsonargparseDeprecationWarning", "DeprecationWarning"),

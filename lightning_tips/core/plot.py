@@ -45,11 +45,16 @@ def plot_run(
     FigureCanvasAgg(figure)
     axes = figure.subplots(max(len(panels), 1), sharex=True, squeeze=False)[:, 0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        seen: list[float] = []
         for name in curves:
             points = [(row["step"] * epochs_a_step, row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
             style: dict[str, Any] = {"linestyle": "--"} if name.startswith("train") else {}
+            if title == "learning rate":
+                style = {"drawstyle": "steps-pre"}  # a row tells the rate with which its epoch ended
             axis.plot(*zip(*points, strict=True), label=name, marker=".", **style)
-        if title == "learning rate":
+            seen += [value for _, value in points]
+        # What happens late in a run is small beside its start.
+        if title != "metrics" and seen and min(seen) > 0 and max(seen) > 10 * min(seen):
             axis.set_yscale("log")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
