@@ -73,7 +73,8 @@ def _class_names() -> set[str]:
 
 
 def _subclasses(cls: type) -> set[type]:
-    return set(cls.__subclasses__()).union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+    direct: set[type] = set(cls.__subclasses__())
+    return direct.union(*(_subclasses(sub) for sub in direct))
 
 
 def _arguments_of(match: re.Match[str]) -> list[str]:

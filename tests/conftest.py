@@ -7,8 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
-import allowed_warnings  # noqa: E402
-
+import allowed_warnings
 
 torch.set_num_threads(1)  # networks this small only wait for a second thread
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,59 @@ class PlainModule(LightningModule):
         if not self.scheduler:
             return optimizer
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)]
+
+
+class UnevenModule(PlainModule):
+    """Logs without ``sync_dist``, so each rank sees another validation loss; remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+        warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('val_loss', \.\.\., sync_dist=True\)`")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val_loss", F.cross_entropy(self(images), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        self.seen.append(float(self.trainer.callback_metrics.get("val_loss", float("nan"))))
+
+
+class BranchingModule(PlainModule):
+    """Uses its second head in every other batch only: without ``find_unused_parameters`` DDP refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second_head = nn.Linear(12, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        head = self.second_head if batch_idx % 2 else self.head
+        return F.cross_entropy(head(self.features(images).mean((2, 3))), labels)
+
+
+class ShardedModule(PlainModule):
+    """Shards its parameters over the ranks (FSDP2), as Lightning's ModelParallelStrategy asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features[1] = nn.GroupNorm(2, 8)  # a checkpoint holds one rank's running statistics only
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.head, FSDPModule):  # called again in each fit
+            for part in (self.features, self.head):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class RanksDrift(Callback):
+    """Adds noise of its own to each rank, in epoch 1."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                pl_module.head.bias += 1e-6 * trainer.global_rank
 
 
 class ResumableLoader:
@@ -155,6 +210,17 @@ def bits(trainer: Trainer) -> dict[str, Any]:
         "events": [[str(e) for e in tip.events] for tip in find_tips(trainer)],
         "step": trainer.global_step,
     }
+
+
+def momenta(trainer: Trainer) -> str:
+    """A hash of the optimizers' state, gathered from all ranks where it is sharded."""
+    digest = hashlib.blake2b(digest_size=16)
+    for optimizer in trainer.optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for key, value in sorted(optimizer.state[parameter].items() if parameter in optimizer.state else ()):
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                digest.update(key.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else b""))
+    return digest.hexdigest()
 
 
 def assert_same(first: Any, second: Any, where: str = "") -> None:

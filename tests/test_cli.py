@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from lightning_tips.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -58,9 +59,8 @@ def test_every_config_is_valid(run) -> None:
 
 @pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
 def test_logger_is_switched_without_touching_code(run, tmp_path: Path, logger: str) -> None:
-    code, printed = run(
-        "fit", f"--config={CONFIGS / 'quickstart.yaml'}", *QUICK, f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs"
-    )
+    config = f"--config={CONFIGS / 'quickstart.yaml'}"
+    code, printed = run("fit", config, *QUICK, f"--trainer.logger={logger}", "--trainer.logger.save_dir=logs")
     assert code == 0, printed
     assert list((tmp_path / "logs").rglob("run.png"))
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from harness import PlainModule, STEPS_A_EPOCH, assert_same, bits, build, every_epoch, every_step, fit, PlainData
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from harness import STEPS_A_EPOCH, PlainData, PlainModule, assert_same, bits, build, every_epoch, every_step, fit
 from settings import NAMES, SETTINGS, Setting
 
 HERE = Path(__file__).parent

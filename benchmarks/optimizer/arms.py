@@ -54,7 +54,7 @@ def run(arm: str, seed: int, data: LightningDataModule, epochs: int) -> dict[str
     seed_everything(seed, verbose=False)
     module = ImageClassifier(
         "resnet8", in_channels=1, optimizer=optimizer, lr_scheduler=lambda o: MultiStepLR(o, milestones, gamma=0.1)
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ).to(memory_format=torch.channels_last)
     switch = OptimizerSwitchCallback(sgd, **switching) if switching is not None else None
     trainer = Trainer(
         accelerator="cpu",

@@ -8,9 +8,9 @@ from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.monitor import Monitor
 from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
 from lightning_tips.core.report import RunReportCallback
-from lightning_tips.core.schedulers import move_schedulers
+from lightning_tips.core.schedulers import move_schedulers, note_changed_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
-from lightning_tips.core.tip import ActsOn, Tip, TipCallback, damaged_state, find_tips
+from lightning_tips.core.tip import ActsOn, Tip, TipCallback, callbacks_of, damaged_state, find_tips
 
 __all__ = [
     "ActsOn",
@@ -23,6 +23,7 @@ __all__ = [
     "WeightDecay",
     "agree",
     "before_checkpoint_load",
+    "callbacks_of",
     "check_ranks_agree",
     "damaged_state",
     "did_you_mean",
@@ -32,6 +33,7 @@ __all__ = [
     "log_picture",
     "log_rows",
     "move_schedulers",
+    "note_changed_rates",
     "parameter_hash",
     "rebuild_optimizer",
     "require_strategy",

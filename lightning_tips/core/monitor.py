@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_tips.core.distributed import agree
 from lightning_tips.core.messages import did_you_mean
+
+# val_loss, valid/acc, loss.val, valLoss, but not value_loss or interval
+_NAMES_VALIDATION = re.compile(r"(?<![a-zA-Z])[vV][aA][lL](id|idation)?(?![a-z])")
 
 
 class Monitor:
@@ -38,7 +42,7 @@ class Monitor:
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Raises when a validation metric is wanted and there is no validation."""
-        if "val" in self.metric.lower() and not trainer.enable_validation:
+        if self._names_validation and not trainer.enable_validation:
             raise MisconfigurationException(
                 f"{self.asker} waits for {self.metric!r}, but no validation runs. Give the Trainer validation data, or"
                 " monitor a training metric."
@@ -57,7 +61,7 @@ class Monitor:
         """
         logged = self.metric in trainer.callback_metrics
         if trainer.sanity_checking:
-            if not logged and trainer.callback_metrics and self.metric.lower().startswith("val"):
+            if not logged and trainer.callback_metrics and self._names_validation:
                 raise self._missing(trainer)
             return None
         if self._source == "unknown" and logged and not self._there_before_validation:
@@ -86,6 +90,10 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._source = str(state["source"])
+
+    @property
+    def _names_validation(self) -> bool:
+        return _NAMES_VALIDATION.search(self.metric) is not None
 
     def _read(self, trainer: pl.Trainer) -> float:
         value = agree(trainer, float(trainer.callback_metrics[self.metric]))

@@ -5,6 +5,7 @@ Pure functions on torch objects; :func:`install` is the one that touches a Train
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -20,24 +21,28 @@ _NEVER_CARRIED = {"params", "lr", "initial_lr", "weight_decay", "step", "param_n
 
 
 def group_rates(optimizer: Optimizer) -> list[float]:
-    """The learning rate of each parameter group before its schedulers touched it.
+    """The full learning rate of each parameter group, which its schedulers are reckoned from.
 
-    Schedulers remember it as ``initial_lr``; without one it is the rate of now.
+    Schedulers remember it as ``initial_lr``, a one-cycle schedule as ``max_lr``; without one it is the rate of now.
     """
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    return [_full_rate(group) for group in optimizer.param_groups]
+
+
+def _full_rate(group: dict[str, Any]) -> float:
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def decay_is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether weight decay shrinks the weights directly (AdamW) instead of entering the gradient (L2, Adam, SGD).
 
     Torch's and timm's optimizers say so in an option of the group; for the rest the name decides, by the convention
-    of Loshchilov & Hutter 2019 (arXiv 1711.05101): AdamW, SGDW, ...; Lion, Adan and LAMB decouple too.
+    of Loshchilov & Hutter 2019 (arXiv 1711.05101): AdamW, SGDW, ...; Lion, Adan, AdamP and LAMB decouple too.
     """
     for flag in ("decoupled_weight_decay", "decoupled_decay", "weight_decouple"):
         if flag in group:
             return bool(group[flag])
     name = type(optimizer).__name__
-    return name.endswith("W") or name.lower() in {"lion", "adan", "lamb", "muon"}
+    return name.endswith("W") or name.lower() in {"lion", "adan", "adamp", "lamb", "muon"}
 
 
 def translate_weight_decay(old: Optimizer, new: Optimizer) -> list[float]:
@@ -69,7 +74,7 @@ def translate_weight_decay(old: Optimizer, new: Optimizer) -> list[float]:
 
 
 def _effective_rate(group: dict[str, Any], decoupled: bool) -> float:
-    rate = float(group.get("initial_lr", group["lr"]))
+    rate = _full_rate(group)
     return rate if decoupled else rate / (1.0 - float(group.get("momentum", 0.0)))
 
 
@@ -104,6 +109,11 @@ def rebuild_optimizer(
             f"The new optimizer refuses the parameters of {type(old).__name__}: {error}. Check its arguments, and"
             " whether it can train every parameter of this module (some take matrices only)."
         ) from error
+    if not isinstance(new, Optimizer) or "lr" not in new.param_groups[0]:
+        raise MisconfigurationException(
+            f"The factory of the new optimizer made a {type(new).__name__}, which is no torch optimizer with a learning"
+            " rate."
+        )
     if len(new.param_groups) != len(old.param_groups):
         raise MisconfigurationException(
             f"{type(new).__name__} turned {len(old.param_groups)} parameter groups into {len(new.param_groups)}; the"
@@ -148,15 +158,13 @@ def _set_weight_decay(old: Optimizer, new: Optimizer, policy: WeightDecay) -> No
 
 
 def _class_default(optimizer: type[Optimizer], option: str) -> object:
-    import inspect
+    for cls in optimizer.__mro__:  # a subclass may pass on **kwargs
+        if (parameter := inspect.signature(cls.__init__).parameters.get(option)) is not None:
+            return parameter.default
+    return None
 
-    parameter = inspect.signature(optimizer.__init__).parameters.get(option)
-    return parameter.default if parameter is not None else None
 
-
-def install(
-    trainer: pl.Trainer, index: int, optimizer: Optimizer, schedulers: Sequence[LRSchedulerConfig]
-) -> None:
+def install(trainer: pl.Trainer, index: int, optimizer: Optimizer, schedulers: Sequence[LRSchedulerConfig]) -> None:
     """Makes the Trainer step ``optimizer`` in place of its optimizer ``index``, between two optimizer steps.
 
     Schedulers of the replaced optimizer go; those of other optimizers stay where they are.

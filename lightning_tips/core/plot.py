@@ -13,9 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_tips.core.events import Event
 
 
-def plot_run(
-    rows: list[dict[str, float]], events: list[Event], path: Path, metrics: list[str] | None = None
-) -> None:
+def plot_run(rows: list[dict[str, float]], events: list[Event], path: Path, metrics: list[str] | None = None) -> None:
     """Draws metrics over epochs, with a vertical line for each event.
 
     Args:
@@ -47,7 +45,8 @@ def plot_run(
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
         seen: list[float] = []
         for name in curves:
-            points = [(row["step"] * epochs_a_step, row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+            known = [row for row in rows if math.isfinite(row.get(name, math.nan))]
+            points = [(row["step"] * epochs_a_step, row[name]) for row in known]
             style: dict[str, Any] = {"linestyle": "--"} if name.startswith("train") else {}
             if title == "learning rate":
                 style = {"drawstyle": "steps-pre"}  # a row tells the rate with which its epoch ended

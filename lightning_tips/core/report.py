@@ -67,7 +67,7 @@ class RunReportCallback(pl.Callback):
 
     def _write(self, trainer: pl.Trainer) -> None:
         folder = trainer.log_dir  # asks the other ranks, so on all of them
-        if not trainer.is_global_zero or folder is None or trainer.fast_dev_run:
+        if not trainer.is_global_zero or folder is None or getattr(trainer, "fast_dev_run", False):
             return
         target = Path(folder) / "tips"
         target.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,23 @@ from typing import Any
 
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 from torch.optim.swa_utils import SWALR
+
+from lightning_tips.core.optimizers import group_rates
 
 # These keep the bounds of their schedule in the parameter groups and move betas or momentum along: what they planned
 # for one optimizer means nothing to another.
 _BOUND_TO_THEIR_OPTIMIZER = (OneCycleLR, CyclicLR, SWALR)
+# These compute each rate from the first one; all others from the rate before.
+_FROM_THE_FIRST_RATE = (LambdaLR, CosineAnnealingWarmRestarts)
 
 
 def can_follow(scheduler: object) -> bool:
@@ -55,19 +66,41 @@ def move_schedulers(
         for old_group, new_group in zip(old.param_groups, new.param_groups, strict=True):
             first = float(old_group.get("initial_lr", old_group["lr"]))
             new_group["lr"] *= float(old_group["lr"]) / first if first else 1.0
-    return [replace(config, scheduler=_copy_onto(config.scheduler, new)) for config in moved], dropped
+    scale = max(group_rates(new)) / (max(group_rates(old)) or 1.0)
+    return [replace(config, scheduler=_copy_onto(config.scheduler, new, scale)) for config in moved], dropped
 
 
-def _copy_onto(scheduler: Any, optimizer: Optimizer) -> Any:
+def _copy_onto(scheduler: Any, optimizer: Optimizer, scale: float) -> Any:
     moved = copy.copy(scheduler)
-    moved.optimizer = optimizer
+    for name, value in vars(scheduler).items():
+        if value is scheduler.optimizer:  # under whatever name a subclass keeps it
+            setattr(moved, name, optimizer)
     moved._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if hasattr(moved, "eta_min"):  # an absolute rate; the schedule keeps its shape if it is scaled like the rest
+        moved.eta_min = moved.eta_min * scale
     if isinstance(moved, ReduceLROnPlateau):
         moved._reset()
-        moved.min_lrs = list(moved.min_lrs)
+        moved.min_lrs = [rate * scale for rate in moved.min_lrs]
         moved.last_epoch = 0
     if hasattr(moved, "base_lrs"):
         moved.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
     if hasattr(moved, "_schedulers"):
-        moved._schedulers = [_copy_onto(inner, optimizer) for inner in moved._schedulers]
+        moved._schedulers = [_copy_onto(inner, optimizer, scale) for inner in moved._schedulers]
     return moved
+
+
+def note_changed_rates(configs: Sequence[LRSchedulerConfig]) -> None:
+    """Makes a rate that was set by hand before the first step the one that the schedule is reckoned from.
+
+    A learning rate finder writes its rate into the parameter groups of an optimizer that has schedulers already. They
+    go on from it, but ``initial_lr`` still holds the rate of before, and :func:`move_schedulers` would take the
+    finder's change for the schedule's. Nothing that the old schedulers compute changes.
+
+    Args:
+        configs: All scheduler configs of the trainer, before the first step.
+    """
+    for scheduler in (config.scheduler for config in configs):
+        if can_follow(scheduler) and not isinstance(scheduler, (ReduceLROnPlateau, *_FROM_THE_FIRST_RATE)):
+            for group, last in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                if last and float(group["lr"]) != float(last):
+                    group["initial_lr"] *= float(group["lr"]) / float(last)

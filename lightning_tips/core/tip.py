@@ -163,9 +163,14 @@ def damaged_state(tip: Tip, error: Exception) -> MisconfigurationException:
     )
 
 
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """``trainer.callbacks``, which Lightning sets without declaring its type."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def find_tips(trainer: pl.Trainer) -> list[Tip]:
     """The trainer's tips in the order in which they act: callbacks, then DataModule and module when they are tips."""
-    objects: list[object] = [*trainer.callbacks, getattr(trainer, "datamodule", None), trainer.lightning_module]
+    objects: list[object] = [*callbacks_of(trainer), getattr(trainer, "datamodule", None), trainer.lightning_module]
     return [o for o in objects if isinstance(o, Tip)]
 
 
@@ -178,12 +183,14 @@ def arrange_tips(trainer: pl.Trainer) -> None:
     Raises:
         MisconfigurationException: If two of them cannot work together.
     """
-    callbacks = trainer.callbacks
+    callbacks = callbacks_of(trainer)
     ordered = iter(sorted((c for c in callbacks if isinstance(c, TipCallback)), key=lambda tip: tip.acts_on))
     # A new list, because Lightning is walking through the old one while it calls `setup`.
-    trainer.callbacks = [next(ordered) if isinstance(c, TipCallback) else c for c in callbacks]
+    trainer.callbacks = [  # type: ignore[attr-defined]
+        next(ordered) if isinstance(c, TipCallback) else c for c in callbacks
+    ]
 
-    others = [*trainer.callbacks, getattr(trainer, "datamodule", None), trainer.lightning_module]
+    others = [*callbacks_of(trainer), getattr(trainer, "datamodule", None), trainer.lightning_module]
     for tip in find_tips(trainer):
         for other in others:
             if other is not tip and (reason := tip.conflict_with(other)):

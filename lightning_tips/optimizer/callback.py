@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_tips.core import (
     ActsOn,
@@ -17,13 +19,15 @@ from lightning_tips.core import (
     WeightDecay,
     agree,
     before_checkpoint_load,
+    callbacks_of,
     damaged_state,
     install,
+    note_changed_rates,
     require_strategy,
 )
 from lightning_tips.optimizer import checks
 from lightning_tips.optimizer.swats import SettledTrigger, SwatsProjection
-from lightning_tips.optimizer.switch import Switch, switch_optimizer
+from lightning_tips.optimizer.switch import Switch, switch_optimizer, target_name
 from lightning_tips.optimizer.triggers import FluctuationTrigger, MetricTrigger, PlateauTrigger
 from lightning_tips.optimizer.warmup import warm_up
 
@@ -38,14 +42,15 @@ class OptimizerSwitchCallback(TipCallback):
 
     Args:
         optimizer: Makes the optimizer to switch to from parameter groups; in yaml ``class_path`` and ``init_args``.
-        lr: Its learning rate, given to the parameter group with the largest one while the others keep their ratio.
-            ``None``: what ``optimizer`` says. ``"auto"``: the SWATS projection, for SGD only; a fallback when no good
-            rate is known, a rate tuned for SGD ends better.
+        lr: Its full learning rate, given to the parameter group with the largest one while the others keep their ratio;
+            a schedule that goes on comes on top. ``None``: what ``optimizer`` says. ``"auto"``: the SWATS projection,
+            for SGD only; a fallback when no good rate is known, a rate tuned for SGD ends better.
         lr_scheduler: Makes a scheduler for the new optimizer. ``None``: the module's own schedulers go on, on the new
             optimizer; the ones that cannot (one-cycle and the like) are dropped with a message.
         trigger: ``"plateau"``: the metric stopped improving. ``"fluctuation"``: its trend drowns in its fluctuation.
             ``"swats"``: the projected learning rate settled. ``"epoch"``, ``"step"``: ``at`` a given time.
-        at: For ``"epoch"``: how many epochs the first optimizer gets. For ``"step"``: how many optimizer steps.
+        at: For ``"epoch"``: how many epochs the first optimizer gets. For ``"step"``: how many optimizer steps, as
+            ``trainer.global_step`` counts them (those of all optimizers together).
         monitor: Logged metric that ``"plateau"`` and ``"fluctuation"`` watch, from validation or, where validation
             does not log it, from the training epoch.
         mode: ``"min"`` or ``"max"``.
@@ -112,6 +117,8 @@ class OptimizerSwitchCallback(TipCallback):
         self.lr_scheduler_interval = lr_scheduler_interval
         self.optimizer_index = optimizer_index
         checks.check_arguments(self)
+        self._target = target_name(optimizer)  # for the key in checkpoints
+        self._guard: RemovableHandle | None = None  # on the replaced optimizer
 
         # What decides: exactly one of these, or `at`.
         self._stall: MetricTrigger | None = None
@@ -151,7 +158,7 @@ class OptimizerSwitchCallback(TipCallback):
     def state_key(self) -> str:
         """Tells the switches of a chain apart in a checkpoint."""
         told = {"trigger": self.trigger, "at": self.at, "lr": self.lr, "optimizer_index": self.optimizer_index}
-        return f"{type(self).__qualname__}{told}"
+        return f"{type(self).__qualname__}{told | {'optimizer': self._target}}"
 
     def reset(self) -> None:
         """Forgets the last run."""
@@ -159,12 +166,10 @@ class OptimizerSwitchCallback(TipCallback):
         self._switched = False
         self._pending = False  # decided, to be done at the start of the next epoch
         self._rate: float | None = None  # the rate found at the switch, for the same switch on resume
-        self._switch_step = 0
-        self._plan = ""
+        self._steps = 0  # taken by the new optimizer
+        self._plan = self._becomes = ""
         self.previous: list[OptimizerSwitchCallback] = []  # those of the chain that switch earlier
         self._checkpoint_options: set[str] | None = None
-        self._unproven = False  # installed, but not yet seen to step
-        self._first_step = 0  # of this fit, which may be a resumed one
         for part in self._parts.values():
             part.reset()
 
@@ -184,7 +189,7 @@ class OptimizerSwitchCallback(TipCallback):
             "switched": self._switched,
             "pending": self._pending,
             "rate": self._rate,
-            "switch_step": self._switch_step,
+            "steps": self._steps,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
 
@@ -194,8 +199,8 @@ class OptimizerSwitchCallback(TipCallback):
         try:
             self._switched = bool(state_dict["switched"])
             self._pending = bool(state_dict["pending"])
-            self._rate = state_dict["rate"]
-            self._switch_step = int(state_dict["switch_step"])
+            self._rate = None if state_dict["rate"] is None else float(state_dict["rate"])
+            self._steps = int(state_dict["steps"])
             for name, part in self._parts.items():
                 part.load_state_dict(state_dict["parts"][name])
         except (KeyError, TypeError, ValueError) as error:
@@ -218,9 +223,11 @@ class OptimizerSwitchCallback(TipCallback):
         if stage != "fit":
             return
         require_strategy(trainer, self)
+        self._checkpoint_options = None
+        self._release()
         chain = [
             tip
-            for tip in trainer.callbacks
+            for tip in callbacks_of(trainer)
             if isinstance(tip, OptimizerSwitchCallback) and tip.optimizer_index == self.optimizer_index
         ]
         self.previous = chain[: chain.index(self)]
@@ -240,17 +247,21 @@ class OptimizerSwitchCallback(TipCallback):
         trial = self._make(trainer)
         checks.check_trial(pl_module, trial, self.lr)
         old = trainer.optimizers[self.optimizer_index]
-        self._plan = f"{type(old).__name__} -> {type(trial.optimizer).__name__} (lr {self.lr or trial.details['lr']})"
+        self._becomes = type(trial.optimizer).__name__
+        rate = self.lr or f"{trial.full_rate:.4g}"
+        was = self.previous[-1]._becomes if self.previous else type(old).__name__
+        self._plan = f"{was} -> {self._becomes} (lr {rate})"
         if self._switched and not trainer.strategy.restore_checkpoint_after_setup:
             self._install(trainer, trial)
-        is_last = not any(self in getattr(other, "previous", ()) for other in trainer.callbacks)
+        is_last = not any(self in getattr(other, "previous", ()) for other in callbacks_of(trainer))
         if is_last and self._checkpoint_options is not None:
             checks.check_resumable(trainer.optimizers[self.optimizer_index], self._checkpoint_options)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts to watch."""
         super().on_train_start(trainer, pl_module)
-        self._first_step = trainer.global_step
+        if trainer.global_step == 0:
+            note_changed_rates(trainer.lr_scheduler_configs)
         if self._stall is not None:
             self._metric.on_train_start(trainer)
         if self._armed:
@@ -268,7 +279,7 @@ class OptimizerSwitchCallback(TipCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides, if validation logs the metric."""
-        if self._stall is not None and not self._switched:
+        if self._stall is not None and not self._switched and trainer.state.fn == TrainerFn.FITTING:
             self._decide(trainer, self._metric.on_validation_end(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,7 +294,6 @@ class OptimizerSwitchCallback(TipCallback):
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switches, if that was decided."""
-        self._check_stepped(trainer)
         if self._stall is not None and not self._switched:
             self._metric.on_train_epoch_start(trainer)
         if self._armed and (self._pending or (self.trigger == "epoch" and trainer.current_epoch >= (self.at or 0))):
@@ -300,7 +310,8 @@ class OptimizerSwitchCallback(TipCallback):
         if self.trigger == "step":
             due = trainer.global_step >= (self.at or 0)
         else:
-            assert self._settled is not None and self._projection is not None
+            assert self._settled is not None
+            assert self._projection is not None
             if self._settled.looks == self._projection.looks:
                 return  # nothing new; and all ranks ask each other at the same steps
             due = agree(trainer, self._settled.update(self._projection)) and trainer.current_epoch >= self.min_epochs
@@ -326,40 +337,45 @@ class OptimizerSwitchCallback(TipCallback):
         details: dict[str, Any] = {"trigger": self.trigger}
         old = trainer.optimizers[self.optimizer_index]
         if self._projection is not None:
-            projected = agree(trainer, self._projection.rate_for(self._make(trainer).optimizer))
+            trial = self._make(trainer)
+            projected = agree(trainer, self._projection.rate_for(trial.optimizer))
             self._projection.unwatch()
             if projected is not None:
                 details["swats_lr"] = projected
-            if self.lr == "auto":
-                self._rate = projected
+                if self.lr == "auto":  # read off the old optimizer's scheduled rate, so the share is in it already
+                    self._rate = projected / (trial.share or 1.0)
         switch = self._make(trainer)
         checks.warn_about_rate(self.lr, switch, details.get("swats_lr"))
-        self._switched, self._pending, self._switch_step = True, False, trainer.global_step
+        self._switched, self._pending = True, False
         self._install(trainer, switch)
-        self.record(
-            trainer, f"{type(old).__name__} -> {type(switch.optimizer).__name__}", **switch.details | details
-        )
-        for later in trainer.callbacks:
+        self.record(trainer, f"{type(old).__name__} -> {type(switch.optimizer).__name__}", **switch.details | details)
+        for later in callbacks_of(trainer):
             if isinstance(later, OptimizerSwitchCallback) and self in later.previous and later._armed:
                 later._start_projection(trainer)
 
     def _install(self, trainer: pl.Trainer, switch: Switch) -> None:
+        self._guard = checks.refuse_steps(trainer.optimizers[self.optimizer_index], trainer.lightning_module)
         install(trainer, self.optimizer_index, switch.optimizer, switch.schedulers)
         if self.warmup_steps:
-            warm_up(switch.optimizer, self.warmup_steps, lambda: trainer.global_step - self._switch_step)
-        self._unproven = True
-        switch.optimizer.register_step_post_hook(self._note_step)
+            warm_up(switch.optimizer, self.warmup_steps, lambda: self._steps)
+        switch.optimizer.register_step_post_hook(self._count_step)
 
-    def _note_step(self, *_: Any) -> None:
-        self._unproven = False
+    def _count_step(self, *_: Any) -> None:
+        self._steps += 1
 
-    def _check_stepped(self, trainer: pl.Trainer) -> None:
-        if self._unproven and trainer.global_step > max(self._switch_step, self._first_step):
-            raise RuntimeError(
-                f"{type(trainer.lightning_module).__name__} has not used its optimizer {self.optimizer_index} since the"
-                f" switch in step {self._switch_step}. It probably keeps an optimizer of its own; with manual"
-                " optimization, get it from self.optimizers() in each training_step."
-            )
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the module's optimizers."""
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of the module's optimizers: it may hand the same ones to the next fit."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+        if self._projection is not None:
+            self._projection.unwatch()
 
     def _rebuild_for(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Brings the checkpoint's optimizer into place, for strategies that load it together with the weights."""

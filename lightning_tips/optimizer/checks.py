@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core import did_you_mean
-from lightning_tips.optimizer.switch import Switch
+from lightning_tips.core import callbacks_of, did_you_mean
+from lightning_tips.optimizer.switch import Switch, is_sgd
 
 if TYPE_CHECKING:
     from lightning_tips.optimizer.callback import OptimizerSwitchCallback
@@ -21,6 +22,7 @@ TRIGGERS = ("plateau", "fluctuation", "swats", "epoch", "step")
 # Options that tell one family of optimizers from another, whatever else a torch version adds.
 _TELLING_OPTIONS = {"momentum", "dampening", "betas", "alpha", "rho"}
 WEIGHT_DECAYS = ("map", "keep", "optimizer")
+INTERVALS = ("epoch", "step")
 
 
 def check_arguments(callback: OptimizerSwitchCallback) -> None:
@@ -40,8 +42,22 @@ def check_arguments(callback: OptimizerSwitchCallback) -> None:
         raise ValueError(
             f"weight_decay={callback.weight_decay!r} is unknown. {did_you_mean(callback.weight_decay, WEIGHT_DECAYS)}"
         )
+    if callback.lr_scheduler_interval not in INTERVALS:  # Lightning would never step the scheduler, and say nothing
+        raise ValueError(f"lr_scheduler_interval={callback.lr_scheduler_interval!r} is unknown; use 'epoch' or 'step'.")
     if callback.warmup_steps < 0 or callback.optimizer_index < 0 or callback.min_epochs < 0:
         raise ValueError("warmup_steps, optimizer_index and min_epochs must be 0 or more.")
+
+
+def refuse_steps(optimizer: Optimizer, pl_module: pl.LightningModule) -> RemovableHandle:
+    """Makes a replaced optimizer raise when somebody steps it all the same; returns what takes that off again."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            f"{type(pl_module).__name__} steps the {type(optimizer).__name__} that was replaced: it keeps the optimizer"
+            " in an attribute. Get it from self.optimizers() in each training_step instead."
+        )
+
+    return optimizer.register_step_pre_hook(refuse)
 
 
 def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
@@ -56,12 +72,13 @@ def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
     end = {"epoch": trainer.max_epochs, "step": trainer.max_steps}.get(trigger)
     if at is not None and end is not None and 0 <= end <= at:
         rank_zero_warn(f"There will be no switch: it is set for {trigger} {at}, and the run ends at {trigger} {end}.")
-    for other in trainer.callbacks if trigger == "plateau" else ():
-        if isinstance(other, EarlyStopping) and other.monitor == callback.monitor:
-            if other.patience <= callback.patience:
+    if trigger == "plateau":
+        early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == callback.monitor)
+        for stopping in early:
+            if stopping.patience <= callback.patience:
                 rank_zero_warn(
-                    f"EarlyStopping on {other.monitor} with patience {other.patience} ends the run before the switch,"
-                    f" which has patience {callback.patience}. Give EarlyStopping several times that."
+                    f"EarlyStopping on {stopping.monitor} with patience {stopping.patience} ends the run before the"
+                    f" switch, which has patience {callback.patience}. Give EarlyStopping several times that."
                 )
 
 
@@ -80,7 +97,7 @@ def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, index: i
 def check_trial(pl_module: pl.LightningModule, trial: Switch, lr: float | str | None) -> None:
     """Raises for a switch that could be made but would not do what it should."""
     name = type(trial.optimizer).__name__
-    if lr == "auto" and not name.upper().startswith("SGD"):
+    if lr == "auto" and not is_sgd(trial.optimizer):
         raise MisconfigurationException(f"lr='auto' projects a rate for SGD, not for {name}; give lr a number.")
     if trial.dropped and not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -105,7 +122,7 @@ def check_resumable(optimizer: Optimizer, saved: set[str]) -> None:
         raise MisconfigurationException(
             f"The checkpoint holds another optimizer than {type(optimizer).__name__}: its options are"
             f" {sorted(saved - {'params', 'initial_lr'})}. Resume with the module, the OptimizerSwitchCallbacks and the"
-            " arguments (trigger, at, lr) that it was trained with; to go on from its weights alone, load them into the"
+            " arguments (trigger, at, lr, optimizer) that it was trained with; to go on from its weights alone, load them into the"
             " module and call fit without ckpt_path."
         )
 
@@ -120,7 +137,7 @@ def warn_about_rate(lr: float | str | None, switch: Switch, projected: float | N
                 f"The steps so far project on no positive learning rate; {name} starts with its own, {used:.3g}. Give"
                 " lr a number, or let the first optimizer run longer."
             )
-    elif projected is not None and name.upper().startswith("SGD") and not 1 / 3 <= used / projected <= 3:
+    elif projected is not None and is_sgd(switch.optimizer) and not 1 / 3 <= used / projected <= 3:
         rank_zero_warn(
             f"{name} starts with lr={used:.3g}, {used / projected:.2g} times what the SWATS projection gives"
             f" ({projected:.3g}). A rate tuned for SGD is often right all the same; if the loss jumps, use warmup_steps"

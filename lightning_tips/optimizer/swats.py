@@ -25,7 +25,8 @@ class SwatsProjection:
 
         Lambda = EMA(p'p) / EMA(-p'g)
 
-    over all parameters together. Two averages are kept, over about 1,000 and 100 optimizer steps; they agree when
+    over all parameters together. A decoupled weight decay (AdamW) is no answer to the gradient and is taken out of
+    ``p``; an L2 penalty is part of the loss and is added to ``g``. Two averages are kept, over about 1,000 and 100 optimizer steps; they agree when
     the projection no longer drifts, which is what the trigger ``"swats"`` waits for.
 
     Args:
@@ -109,8 +110,14 @@ class SwatsProjection:
     @torch.no_grad()
     def _note_parameters(self, optimizer: Optimizer, *_: Any) -> None:
         self._steps += 1
-        if self._steps % self.every == 0:
-            self._before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+        if self._steps % self.every:
+            return
+        self._before = []
+        for group in optimizer.param_groups:
+            # Where the weights would be if only a decoupled decay acted. The rate of just now: a warm-up lowers it for
+            # the time of the step.
+            decay = group.get("weight_decay", 0.0) if decay_is_decoupled(optimizer, group) else 0.0
+            self._before += [p.detach() * (1.0 - group["lr"] * decay) for p in group["params"]]
 
     @torch.no_grad()
     def _look(self, optimizer: Optimizer, *_: Any) -> None:
@@ -119,22 +126,23 @@ class SwatsProjection:
         before, self._before = iter(self._before), []
         products: list[Tensor] = []
         for group in optimizer.param_groups:
-            decay = group.get("weight_decay", 0.0) if decay_is_decoupled(optimizer, group) else 0.0
+            penalty = 0.0 if decay_is_decoupled(optimizer, group) else group.get("weight_decay", 0.0)
             for parameter in group["params"]:
                 old = next(before)
                 if parameter.grad is None or parameter.grad.is_sparse:
                     continue
-                # What a decoupled weight decay did is no answer to the gradient: undo it.
-                step = parameter - old * (1.0 - group["lr"] * decay)
-                products.append(torch.stack([_dot(step, step), -_dot(step, parameter.grad)]))
+                step = parameter - old
+                gradient = parameter.grad.add(old, alpha=penalty) if penalty else parameter.grad
+                products.append(torch.stack([_dot(step, step), -_dot(step, gradient)]))
         if not products:
             return
         seen = torch.stack([p.to(products[0].device) for p in products]).sum(0)
         if self._sums is None:
             self._sums = torch.zeros(2, 2, dtype=torch.float64)
         decays = torch.tensor(self.DECAYS, dtype=torch.float64, device=seen.device)[:, None]
-        # Both averages start from zero alike, so the bias cancels in their ratio.
-        self._sums = decays * self._sums.to(seen.device) + (1.0 - decays) * seen
+        # Both averages start from zero alike, so the bias cancels in their ratio. An overflow must not stay in them.
+        sums = self._sums.to(seen.device)
+        self._sums = torch.where(seen.isfinite().all(), decays * sums + (1.0 - decays) * seen, sums)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
