@@ -1,6 +1,6 @@
 """What several tips need. Imports no tip."""
 
-from lightning_tips.core.batch import split_batch
+from lightning_tips.core.batch import inputs_of, split_batch, targets_of
 from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.loggers import log_numbers, log_picture, log_rows
@@ -28,6 +28,7 @@ __all__ = [
     "damaged_state",
     "did_you_mean",
     "find_tips",
+    "inputs_of",
     "install",
     "log_numbers",
     "log_picture",
@@ -39,4 +40,5 @@ __all__ = [
     "require_strategy",
     "say",
     "split_batch",
+    "targets_of",
 ]

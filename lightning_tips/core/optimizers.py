@@ -159,7 +159,7 @@ def _set_weight_decay(old: Optimizer, new: Optimizer, policy: WeightDecay) -> No
 
 def _class_default(optimizer: type[Optimizer], option: str) -> object:
     for cls in optimizer.__mro__:  # a subclass may pass on **kwargs
-        if (parameter := inspect.signature(cls.__init__).parameters.get(option)) is not None:
+        if (parameter := inspect.signature(vars(cls).get("__init__", cls)).parameters.get(option)) is not None:
             return parameter.default
     return None
 

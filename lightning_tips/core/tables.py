@@ -18,21 +18,20 @@ def plan_table(tips: Sequence[Tip], module: nn.Module) -> str:
     """Which tips act, in which order, with what parameters."""
     total = sum(p.numel() for p in module.parameters())
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    table = Table(title="Tips in the order in which they act", title_justify="left")
+    table = Table()
     table.add_column("")
     table.add_column("tip", no_wrap=True)
     table.add_column("plan")
     for number, tip in enumerate(tips, 1):
         table.add_row(str(number), type(tip).__name__, tip.describe())
     share = f" ({trainable / total:.0%})" if total else ""
-    table.caption = f"{trainable:,} of {total:,} parameters train{share}"
-    table.caption_justify = "left"
-    return _render(table)
+    caption = f"{trainable:,} of {total:,} parameters train{share}"
+    return f"Tips in the order in which they act\n{_render(table)}\n{caption}"
 
 
 def event_table(tips: Sequence[Tip]) -> str:
     """What each tip did and when; a tip that did nothing says what it waited for."""
-    table = Table(title="What the tips did", title_justify="left")
+    table = Table()
     for column in ("tip", "epoch", "step"):
         table.add_column(column, no_wrap=True)
     table.add_column("event")
@@ -47,7 +46,7 @@ def event_table(tips: Sequence[Tip]) -> str:
             rows.append((0, (name, "-", "-", "", tip.outlook())))
     for _, cells in sorted(rows, key=lambda row: row[0]):
         table.add_row(*cells)
-    return _render(table)
+    return f"What the tips did\n{_render(table)}"
 
 
 def _render(table: Table) -> str:

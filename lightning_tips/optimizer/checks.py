@@ -122,8 +122,8 @@ def check_resumable(optimizer: Optimizer, saved: set[str]) -> None:
         raise MisconfigurationException(
             f"The checkpoint holds another optimizer than {type(optimizer).__name__}: its options are"
             f" {sorted(saved - {'params', 'initial_lr'})}. Resume with the module, the OptimizerSwitchCallbacks and the"
-            " arguments (trigger, at, lr, optimizer) that it was trained with; to go on from its weights alone, load them into the"
-            " module and call fit without ckpt_path."
+            " arguments (trigger, at, lr, optimizer) that it was trained with; to go on from its weights alone, load"
+            " them into the module and call fit without ckpt_path."
         )
 
 

@@ -26,8 +26,8 @@ class SwatsProjection:
         Lambda = EMA(p'p) / EMA(-p'g)
 
     over all parameters together. A decoupled weight decay (AdamW) is no answer to the gradient and is taken out of
-    ``p``; an L2 penalty is part of the loss and is added to ``g``. Two averages are kept, over about 1,000 and 100 optimizer steps; they agree when
-    the projection no longer drifts, which is what the trigger ``"swats"`` waits for.
+    ``p``; an L2 penalty is part of the loss and is added to ``g``. Two averages are kept, over about 1,000 and 100
+    optimizer steps; they agree when the projection no longer drifts, which is what the trigger ``"swats"`` waits for.
 
     Args:
         every: Look at each ``every``-th step only. A look copies the parameters once and costs two dot products

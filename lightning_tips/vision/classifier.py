@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
+from lightning_tips.core import inputs_of, targets_of
 from lightning_tips.vision.networks import Normalization, build_network
-
-IMAGE_KEYS = ("image", "images", "x")
-LABEL_KEYS = ("label", "labels", "y")
 
 
 class ImageClassifier(LightningModule):
@@ -25,7 +23,7 @@ class ImageClassifier(LightningModule):
     The model normalises its input itself, with the mean and standard deviation of its network's weights, so that the
     data never has to know the network. Grey images are expanded to three channels where the network takes colour.
 
-    Batches are `(images, labels)` or dicts with the keys `image`/`images`/`x` and `label`/`labels`/`y`. Images are
+    Batches are `(images, labels)` or dicts with common keys such as `image` and `label`, or `x` and `y`. Images are
     (B, C, H, W) float; labels are (B,) integers, or (B, num_classes) probabilities, as mixup makes them.
 
     Logged for each of train, val and test: `*_loss` and `*_acc` (share of right answers); `train_loss` and `train_acc`
@@ -156,7 +154,7 @@ class ImageClassifier(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the probabilities (B, num_classes), float32, of a batch; labels in it are left alone."""
-        probabilities: Tensor = self(_images(batch)).float().softmax(dim=-1)
+        probabilities: Tensor = self(inputs_of(batch)).float().softmax(dim=-1)
         return probabilities
 
     def _evaluate(
@@ -218,7 +216,7 @@ class ImageClassifier(LightningModule):
 
     def _unpack(self, batch: Any, check_values: bool) -> tuple[Tensor, Tensor]:
         """Return images and labels of a batch, having checked what costs nothing; values only if asked to."""
-        images, labels = _images(batch), _labels(batch)
+        images, labels = inputs_of(batch), targets_of(batch)
         if labels.shape == (len(images), self.num_classes) and labels.is_floating_point():
             return images, labels
         if labels.shape != (len(images),) or labels.is_floating_point():
@@ -237,29 +235,6 @@ class ImageClassifier(LightningModule):
             if images.is_floating_point() and float(images.max()) > 10:
                 raise ValueError(f"Images must lie in [0, 1], but reach {float(images.max()):g}: divide them by 255.")
         return images, labels.long()
-
-
-def _images(batch: Any) -> Tensor:
-    return _part(batch, IMAGE_KEYS, 0)
-
-
-def _labels(batch: Any) -> Tensor:
-    return _part(batch, LABEL_KEYS, 1)
-
-
-def _part(batch: Any, keys: tuple[str, ...], position: int) -> Tensor:
-    if isinstance(batch, Mapping):
-        part = next((batch[key] for key in keys if key in batch), None)
-    elif isinstance(batch, Tensor):
-        part = batch if position == 0 else None
-    else:
-        part = batch[position] if len(batch) > position else None
-    if not isinstance(part, Tensor):
-        found = (
-            f"a dict with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-        )
-        raise ValueError(f"A batch is (images, labels) or a dict with a tensor under {' or '.join(keys)}, not {found}.")
-    return part
 
 
 def _hard(labels: Tensor) -> Tensor:

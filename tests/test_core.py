@@ -1,0 +1,118 @@
+"""What the tips stand on: batches, names, order and conflicts, agreement."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_tips.core import ActsOn, Event, TipCallback, did_you_mean, find_tips, parameter_hash, split_batch
+
+from harness import PlainData, PlainModule, build, fit
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ("x", "y"),
+        ["x", "y", "weights"],
+        {"image": "x", "label": "y"},
+        {"y": "y", "x": "x"},
+        {"pixel_values": "x", "labels": "y", "ids": "z"},
+    ],
+)
+def test_inputs_and_targets_are_found_in_any_batch(batch: Any) -> None:
+    assert split_batch(batch) == ("x", "y")
+
+
+def test_keys_can_be_given() -> None:
+    assert split_batch({"scan": "x", "image": "?", "grade": "y"}, "scan", "grade") == ("x", "y")
+
+
+def test_unknown_keys_say_what_to_pass() -> None:
+    with pytest.raises(KeyError, match=r"\['grade', 'scan'\].*input_key"):
+        split_batch({"scan": 1, "grade": 2})
+    with pytest.raises(KeyError, match="Did you mean 'grade'"):
+        split_batch({"image": 1, "grade": 2}, target_key="grades")
+    with pytest.raises(TypeError, match="pairs or a dict"):
+        split_batch(torch.zeros(3))
+
+
+def test_wrong_names_are_answered_with_the_nearest() -> None:
+    assert did_you_mean("val_los", ["val_loss", "val_acc"]) == "Did you mean 'val_loss'?"
+    assert did_you_mean("zzz", ["b", "a"]) == "Known: a, b."
+    assert did_you_mean("zzz", []) == "There are none."
+
+
+def test_event_survives_as_plain_data() -> None:
+    event = Event("pruning", "16 filters", 10, 2, {"macs": 0.5, "layer": "conv1", "done": False})
+    assert Event.from_dict(event.to_dict()) == event
+    assert event.numbers == {"macs": 0.5, "done": 0.0}
+    assert str(event) == "[pruning] epoch 2, step 10: 16 filters (macs 0.5, layer conv1, done False)"
+
+
+class Network(TipCallback):
+    tip, acts_on = "network", ActsOn.NETWORK
+
+    def __init__(self, diary: list[str]) -> None:
+        self.diary = diary
+
+    def start_epoch(self, trainer: Any, pl_module: Any) -> None:
+        self.diary.append(self.tip)
+
+
+class Optimizer(Network):
+    tip, acts_on = "optimizer", ActsOn.OPTIMIZER
+
+
+class Data(Network):
+    tip, acts_on = "data", ActsOn.DATA
+
+
+class Bystander(Callback):
+    pass
+
+
+def test_tips_act_in_their_order_however_they_were_given(tmp_path: Path) -> None:
+    diary: list[str] = []
+    bystander = Bystander()
+    given = [Data(diary), bystander, Optimizer(diary), Network(diary)]
+    trainer = fit(*given, folder=tmp_path, max_epochs=1)
+    assert diary == ["network", "optimizer", "data"]
+    assert [type(tip).__name__ for tip in find_tips(trainer)] == ["Network", "Optimizer", "Data"]
+    assert trainer.callbacks.index(bystander) == 1  # callbacks that are no tips keep their place
+
+
+def test_plan_and_events_are_shown_once_in_that_order(tmp_path: Path, capsys) -> None:
+    fit(Data([]), Network([]), folder=tmp_path, max_epochs=1)
+    shown = capsys.readouterr().out
+    assert shown.count("Tips in the order in which they act") == shown.count("What the tips did") == 1
+    assert shown.index("Network") < shown.index("Data")
+
+
+def test_tips_that_cannot_work_together_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Jealous(Network):
+        def conflict_with(self, other: object) -> str | None:
+            return "it wants to be alone." if isinstance(other, Bystander) else None
+
+    trainer, module = build(Jealous([]), Bystander(), folder=tmp_path)
+    with pytest.raises(MisconfigurationException, match="Jealous and Bystander cannot work together: it wants"):
+        trainer.fit(module, datamodule=PlainData())
+    assert trainer.global_step == 0
+
+
+def test_hash_tells_one_bit(tmp_path: Path) -> None:
+    module = PlainModule()
+    before = parameter_hash(module)
+    assert before == parameter_hash(module)
+    with torch.no_grad():
+        bits = module.head.bias.view(torch.int32)
+        bits[0] ^= 1
+    assert parameter_hash(module) != before
+
+
+def test_hash_takes_every_dtype() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert len(parameter_hash(torch.nn.Linear(2, 2).to(dtype))) == 32
