@@ -94,7 +94,7 @@ if __name__ == "__main__":
                 validate=Path(folder, validate) if validate else None,
                 **wanted,
             )
-        rank = results[name].pop("rank")
+            rank = results[name].pop("rank")
     else:
         results = run(Path(folder), json.loads(rest[0]), json.loads(rest[1]), Path(rest[2]) if rest[2:] else None)
         rank = results.pop("rank")

@@ -72,7 +72,7 @@ def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
     end = {"epoch": trainer.max_epochs, "step": trainer.max_steps}.get(trigger)
     if at is not None and end is not None and 0 <= end <= at:
         rank_zero_warn(f"There will be no switch: it is set for {trigger} {at}, and the run ends at {trigger} {end}.")
-    if trigger == "plateau":
+    if trigger in ("plateau", "fluctuation"):
         early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == callback.monitor)
         for stopping in early:
             if stopping.patience <= callback.patience:
