@@ -14,7 +14,7 @@ from torch.optim import SGD, Adadelta, Adam, AdamW, Muon, RMSprop
 from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
 
-from lightning_tips.core import move_schedulers, note_changed_rates, rebuild_optimizer
+from lightning_tips.core import move_schedulers, note_full_rates, rebuild_optimizer
 from lightning_tips.core.optimizers import translate_weight_decay
 from lightning_tips.optimizer import SwatsProjection, switch_optimizer
 from lightning_tips.optimizer.swats import SettledTrigger
@@ -264,6 +264,7 @@ def test_reduce_on_plateau_begins_anew_with_its_bounds_scaled(kind):
     arguments = {"monitor": "train_loss"} if kind is NamedReduceLROnPlateau else {}
     scheduler = kind(old, patience=0, factor=0.1, min_lr=1e-3, **arguments)
     config = LRSchedulerConfig(scheduler, reduce_on_plateau=True, monitor="train_loss", frequency=2)
+    note_full_rates([config])
     for _ in range(3):
         scheduler.step(1.0)
     assert rates(old) == [1e-3]
@@ -274,7 +275,9 @@ def test_reduce_on_plateau_begins_anew_with_its_bounds_scaled(kind):
     moved.scheduler.step(1.0)
     assert rates(new) == [0.5]
     moved.scheduler.step(1.0)
-    assert rates(new) == pytest.approx([0.5])  # min_lr was all of the old rate at this moment
+    assert rates(new) == pytest.approx([0.05])
+    moved.scheduler.step(1.0)
+    assert rates(new) == pytest.approx([0.05])  # a tenth of its first rate, as before
     assert rates(old) == [1e-3]
 
 
@@ -309,7 +312,7 @@ def test_a_rate_found_after_the_schedule_was_made_is_its_start():
     old = Adam(net.parameters(), lr=1e-3)
     config = LRSchedulerConfig(S.StepLR(old, 1, gamma=0.5))
     old.param_groups[0]["lr"] = 0.02  # as Lightning's LearningRateFinder does
-    note_changed_rates([config])
+    note_full_rates([config])
     train(net, old)
     config.scheduler.step()
     assert rates(old) == [0.01]
@@ -414,7 +417,7 @@ def test_projection_survives_an_overflow():
 
 
 def test_projection_resumes_to_the_bit():
-    net, twin = network(), network()
+    net = network()
     optimizer = Adam(net.parameters())
     whole, first = SwatsProjection(every=3), SwatsProjection(every=3)
     whole.watch(optimizer)
@@ -427,7 +430,6 @@ def test_projection_resumes_to_the_bit():
     train(net, optimizer, 8)
     assert second.state_dict() == whole.state_dict()
     assert first.state_dict() != whole.state_dict()
-    del twin
 
 
 def test_settled_when_the_averages_agree_for_long_enough():

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows: list[dict[str, Any]] = []
     if chosen.out.exists():
-        rows = list(csv.DictReader(chosen.out.open()))
+        rows = list(csv.DictReader(chosen.out.read_text().splitlines()))
     done = {(row["arm"], int(row["seed"])) for row in rows}
     for seed in chosen.seeds:
         for arm in chosen.arms:

@@ -8,7 +8,7 @@ from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.monitor import Monitor
 from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
 from lightning_tips.core.report import RunReportCallback
-from lightning_tips.core.schedulers import move_schedulers, note_changed_rates
+from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
 from lightning_tips.core.tip import ActsOn, Tip, TipCallback, callbacks_of, damaged_state, find_tips
 
@@ -34,7 +34,7 @@ __all__ = [
     "log_picture",
     "log_rows",
     "move_schedulers",
-    "note_changed_rates",
+    "note_full_rates",
     "parameter_hash",
     "rebuild_optimizer",
     "require_strategy",

@@ -103,7 +103,8 @@ def rebuild_optimizer(
         MisconfigurationException: If the factory cannot make an optimizer on these parameters.
     """
     try:
-        new = factory([{"params": list(group["params"])} for group in old.param_groups])
+        given = {} if lr is None else {"lr": lr}  # some optimizers have no default
+        new = factory([{"params": list(group["params"])} | given for group in old.param_groups])
     except (TypeError, ValueError, RuntimeError) as error:
         raise MisconfigurationException(
             f"The new optimizer refuses the parameters of {type(old).__name__}: {error}. Check its arguments, and"

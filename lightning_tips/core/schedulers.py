@@ -67,7 +67,9 @@ def move_schedulers(
             first = float(old_group.get("initial_lr", old_group["lr"]))
             new_group["lr"] *= float(old_group["lr"]) / first if first else 1.0
     scale = max(group_rates(new)) / (max(group_rates(old)) or 1.0)
-    return [replace(config, scheduler=_copy_onto(config.scheduler, new, scale)) for config in moved], dropped
+    moved = [replace(config, scheduler=_copy_onto(config.scheduler, new, scale)) for config in moved]
+    note_full_rates(moved)
+    return moved, dropped
 
 
 def _copy_onto(scheduler: Any, optimizer: Optimizer, scale: float) -> Any:
@@ -89,18 +91,21 @@ def _copy_onto(scheduler: Any, optimizer: Optimizer, scale: float) -> Any:
     return moved
 
 
-def note_changed_rates(configs: Sequence[LRSchedulerConfig]) -> None:
-    """Makes a rate that was set by hand before the first step the one that the schedule is reckoned from.
+def note_full_rates(configs: Sequence[LRSchedulerConfig]) -> None:
+    """Writes down, as ``initial_lr`` in the parameter groups, which rate each schedule is reckoned from.
 
-    A learning rate finder writes its rate into the parameter groups of an optimizer that has schedulers already. They
-    go on from it, but ``initial_lr`` still holds the rate of before, and :func:`move_schedulers` would take the
-    finder's change for the schedule's. Nothing that the old schedulers compute changes.
+    Schedulers do that themselves, with two exceptions that :func:`move_schedulers` needs: ``ReduceLROnPlateau`` does
+    not, and a learning rate finder changes the rate after the schedulers were made; they go on from it, and its change
+    would be taken for the schedule's. Nothing that a scheduler computes changes.
 
     Args:
-        configs: All scheduler configs of the trainer, before the first step.
+        configs: Scheduler configs, before the first step.
     """
     for scheduler in (config.scheduler for config in configs):
-        if can_follow(scheduler) and not isinstance(scheduler, (ReduceLROnPlateau, *_FROM_THE_FIRST_RATE)):
-            for group, last in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                if last and float(group["lr"]) != float(last):
-                    group["initial_lr"] *= float(group["lr"]) / float(last)
+        if not can_follow(scheduler) or isinstance(scheduler, _FROM_THE_FIRST_RATE):
+            continue
+        for group, last in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                group.setdefault("initial_lr", float(group["lr"]))
+            elif last and float(group["lr"]) != float(last):
+                group["initial_lr"] *= float(group["lr"]) / float(last)

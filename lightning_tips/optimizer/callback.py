@@ -22,7 +22,7 @@ from lightning_tips.core import (
     callbacks_of,
     damaged_state,
     install,
-    note_changed_rates,
+    note_full_rates,
     require_strategy,
 )
 from lightning_tips.optimizer import checks
@@ -261,7 +261,7 @@ class OptimizerSwitchCallback(TipCallback):
         """Starts to watch."""
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
-            note_changed_rates(trainer.lr_scheduler_configs)
+            note_full_rates(trainer.lr_scheduler_configs)
         if self._stall is not None:
             self._metric.on_train_start(trainer)
         if self._armed:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_tips.core.events import EventValue
 from lightning_tips.core.optimizers import WeightDecay, decay_is_decoupled, group_rates, rebuild_optimizer
-from lightning_tips.core.schedulers import move_schedulers
+from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def switch_optimizer(
             reduce_on_plateau=isinstance(scheduler, ReduceLROnPlateau),
             monitor=getattr(scheduler, "monitor", monitor),
         )
+        note_full_rates([config])
         details["schedulers"] = f"new {type(scheduler).__name__}"
         return Switch(new, [config], [], details)
 
