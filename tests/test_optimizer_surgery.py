@@ -459,10 +459,9 @@ def test_settled_refuses_nonsense(arguments):
 def test_warm_up_rises_linearly_and_puts_the_rate_back():
     weight = nn.Parameter(torch.zeros(1))
     optimizer = SGD([weight], lr=0.3)
-    done = 0
-    warm_up(optimizer, 4, lambda: done)
-    walked = []
-    for done in range(6):
+    walked: list[float] = []
+    warm_up(optimizer, 4, lambda: len(walked))
+    for _ in range(6):
         before = weight.item()
         weight.grad = torch.ones(1)
         optimizer.step()

@@ -47,7 +47,8 @@ def parameter_hash(module: nn.Module) -> str:
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # A copy, because what NumPy has seen cannot be resized any more, and FSDP2 frees parameters by resizing them.
+        digest.update(tensor.cpu().reshape(-1).clone().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -131,12 +131,13 @@ class TipCallback(Tip, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all will do."""
         if find_tips(trainer)[0] is self:
-            say(trainer, plan_table(find_tips(trainer), pl_module))
+            plans = [(type(tip).__name__, tip.describe()) for tip in find_tips(trainer)]
+            say(trainer, plan_table(plans, pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all did."""
         if find_tips(trainer)[0] is self:
-            say(trainer, event_table(find_tips(trainer)))
+            say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in find_tips(trainer)]))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint. Subclasses add their own keys to it."""
