@@ -6,8 +6,9 @@ The arms: Adam; SGD; Adam then SGD with a given rate; with the SWATS rate (``lr=
 trigger; and the control, Adam with its rate divided by ten at the epoch of the switch. The control tells what of the
 gain is the switch and what the drop of the learning rate. Every arm divides its rate by ten at epoch 9 of 12.
 
-Each finished run is appended to ``arms.csv`` and skipped the next time, so the study can be interrupted. An hour on two
-cores. Test accuracy is that of the last epoch, not of the best.
+Each finished run is appended to ``arms.csv`` and skipped the next time, so the study can be interrupted; two processes
+with other ``--arms`` and OMP_NUM_THREADS=1 share the work. Under an hour on two cores. Test accuracy is that of the last
+epoch, not of the best.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("arms.csv"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--images", type=int, default=16_000, help="training images")
+    parser.add_argument("--images", type=int, default=12_000, help="training images")
     parser.add_argument("--batch", type=int, default=128, help="batch size")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits, for a quick look")
