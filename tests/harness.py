@@ -89,7 +89,8 @@ class ShardedModule(PlainModule):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        if not isinstance(self.head, FSDPModule):  # called again in each fit
+        # Without a mesh it is a run under another strategy; and this is called again in each fit.
+        if self.device_mesh is not None and not isinstance(self.head, FSDPModule):
             for part in (self.features, self.head):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
@@ -180,7 +181,9 @@ def build(
     return Trainer(callbacks=list(callbacks), max_epochs=max_epochs, **arguments | trainer), module
 
 
-def fit(*callbacks: Callback, folder: Path, ckpt_path: Path | None = None, data: Any = None, **arguments: Any) -> Trainer:
+def fit(
+    *callbacks: Callback, folder: Path, ckpt_path: Path | None = None, data: Any = None, **arguments: Any
+) -> Trainer:
     """Trains a plain module on plain data and returns the trainer, whose ``lightning_module`` is the trained one."""
     trainer, module = build(*callbacks, folder=folder, **arguments)
     trainer.fit(module, datamodule=data or PlainData(), ckpt_path=ckpt_path)

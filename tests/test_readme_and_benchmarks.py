@@ -100,3 +100,10 @@ def test_examples_in_docstrings() -> None:
 def test_rooms_import_only_what_they_may() -> None:
     done = subprocess.run(["lint-imports"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_resume_study_in_its_smallest_form(tmp_path: Path) -> None:
+    resume = load(ROOT / "benchmarks/optimizer/resume.py")
+    result = resume.main(["--digits", "--seeds", "0", f"--out={tmp_path / 'resume.json'}"])
+    assert len(result["max_abs_dw"]) == 5
+    assert set(result["max_abs_dw"].values()) == {0.0}

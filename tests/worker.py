@@ -39,9 +39,11 @@ def run(
     validate: Path | None = None,
 ) -> dict[str, Any]:
     """One run; what this rank has to say of it."""
-    import harness
     import lightning.pytorch.strategies
+
     from lightning_tips.core import find_tips, parameter_hash
+
+    import harness
     from settings import SETTINGS
 
     arguments = dict(arguments)

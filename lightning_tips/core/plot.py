@@ -24,6 +24,7 @@ def plot_run(rows: list[dict[str, float]], events: list[Event], path: Path, metr
     """
     names = [n for n in dict.fromkeys(key for row in rows for key in row) if n not in ("epoch", "step")]
     names = [n for n in names if metrics is None or n in metrics]
+    names = [n for n in names if any(math.isfinite(row.get(n, math.nan)) for row in rows)]
     rates = [n for n in names if n.startswith("lr/")]
     losses = [n for n in names if "loss" in n.lower()]
     others = [n for n in names if n not in rates + losses and ("/" not in n or metrics is not None)]

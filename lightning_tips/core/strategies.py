@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 CheckpointHook = Callable[[dict[str, Any]], None]
@@ -44,10 +45,12 @@ def require_strategy(trainer: pl.Trainer, tip: object, *supported: type[Strategy
 
 
 def before_checkpoint_load(strategy: Strategy, key: str, hook: CheckpointHook) -> None:
-    """Calls ``hook`` with a checkpoint's metadata just before ``strategy`` loads it.
+    """Calls ``hook`` with a checkpoint's metadata just before ``strategy`` loads it to go on training.
 
     For strategies with ``restore_checkpoint_after_setup``: they load the optimizer's state together with the weights,
-    and a callback's own state comes only afterwards, too late to bring the right optimizer into place.
+    and a callback's own state comes only afterwards, too late to bring the right optimizer into place. When the same
+    trainer validates or tests, they would load a checkpoint's optimizer state into whichever optimizer is in use; then
+    only the weights are loaded, as other strategies do.
 
     Args:
         strategy: The strategy instance; its ``load_checkpoint`` is wrapped once however many hooks there are.
@@ -60,20 +63,32 @@ def before_checkpoint_load(strategy: Strategy, key: str, hook: CheckpointHook) -
         hooks = {}
         load = strategy.load_checkpoint
 
-        def load_checkpoint(checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            metadata = read_metadata(strategy.broadcast(checkpoint_path))
+        def load_checkpoint(checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+            module = strategy.lightning_module
+            if module is not None and module.trainer.state.fn != TrainerFn.FITTING:
+                optimizers, strategy.optimizers = strategy.optimizers, []
+                try:
+                    return load(checkpoint_path, weights_only=weights_only)
+                finally:
+                    strategy.optimizers = optimizers
+            metadata = read_metadata(strategy.broadcast(checkpoint_path), weights_only)
             for registered in hooks.values():
                 registered(metadata)
-            return load(checkpoint_path, *args, **kwargs)
+            return load(checkpoint_path, weights_only=weights_only)
 
         load_checkpoint.hooks = hooks  # type: ignore[attr-defined]
         strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
     hooks[key] = hook
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Everything of a Lightning checkpoint but the tensors of a sharded one, which lie in files beside it."""
+def read_metadata(path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Everything of a Lightning checkpoint but the tensors of a sharded one, which lie in files beside it.
+
+    Args:
+        path: The checkpoint's file, or its folder when it is sharded.
+        weights_only: As in ``torch.load``.
+    """
     path = Path(path)
     file = path / "meta.pt" if path.is_dir() else path
-    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
     return checkpoint

@@ -253,6 +253,9 @@ class OptimizerSwitchCallback(TipCallback):
         self._plan = f"{was} -> {self._becomes} (lr {rate})"
         if self._switched and not trainer.strategy.restore_checkpoint_after_setup:
             self._install(trainer, trial)
+        self._check_resumable(trainer)
+
+    def _check_resumable(self, trainer: pl.Trainer) -> None:
         is_last = not any(self in getattr(other, "previous", ()) for other in callbacks_of(trainer))
         if is_last and self._checkpoint_options is not None:
             checks.check_resumable(trainer.optimizers[self.optimizer_index], self._checkpoint_options)
@@ -260,6 +263,8 @@ class OptimizerSwitchCallback(TipCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts to watch."""
         super().on_train_start(trainer, pl_module)
+        if self._switched and self._guard is None:  # this trainer goes on, and its strategy restored no checkpoint
+            self._install(trainer, self._make(trainer))
         if trainer.global_step == 0:
             note_full_rates(trainer.lr_scheduler_configs)
         if self._stall is not None:
@@ -374,6 +379,7 @@ class OptimizerSwitchCallback(TipCallback):
     def _release(self) -> None:
         if self._guard is not None:
             self._guard.remove()
+            self._guard = None
         if self._projection is not None:
             self._projection.unwatch()
 
@@ -385,6 +391,7 @@ class OptimizerSwitchCallback(TipCallback):
             self.load_state_dict(state)
             if self._switched:
                 self._install(trainer, self._make(trainer))
+        self._check_resumable(trainer)
 
     def _start_projection(self, trainer: pl.Trainer) -> None:
         if self._projection is not None:

@@ -84,13 +84,12 @@ def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
 
 def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
     """Raises when the module has no such optimizer."""
-    optimizers = trainer.optimizers
-    # A module that returns None from configure_optimizers gets a stand-in without a learning rate.
-    if index >= len(optimizers) or "lr" not in optimizers[index].param_groups[0]:
+    # A module that returns None from configure_optimizers gets a stand-in without parameter groups.
+    names = [type(o).__name__ for o in trainer.optimizers if any("lr" in group for group in o.param_groups)]
+    if index >= len(names):
         raise MisconfigurationException(
             f"There is no optimizer {index} to switch from: {type(pl_module).__name__} configures"
-            f" {[type(o).__name__ for o in optimizers if 'lr' in o.param_groups[0]] or 'none'}. Set optimizer_index,"
-            " or return an optimizer from configure_optimizers."
+            f" {names or 'none'}. Set optimizer_index, or return an optimizer from configure_optimizers."
         )
 
 

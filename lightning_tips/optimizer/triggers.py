@@ -115,7 +115,7 @@ class MetricTrigger:
         """Forget everything seen; the cooldown and `nan_count` start again."""
         self.nan_count = 0
         self._seen = 0  # finite values, those of the cooldown included
-        self._average = 0.0  # moving average before bias correction
+        self._average = 0.0  # moving average with bias correction
         self._values: list[float] = []  # the last `window` smoothed values, turned so that smaller is better
 
     def update(self, value: float, epoch: int) -> bool:
@@ -137,9 +137,10 @@ class MetricTrigger:
         counted = self._seen - self.cooldown
         if counted <= 0:
             return False
-        self._average = self.smoothing * self._average + (1 - self.smoothing) * value
-        smoothed = self._average / (1 - self.smoothing**counted)
-        self._values = [*self._values, smoothed if self.mode == "min" else -smoothed][-self.window :]
+        share = (1 - self.smoothing) / (1 - self.smoothing**counted)
+        # Written as a correction, so that rounding cannot turn a constant metric into one that improves.
+        self._average = self._average + share * (value - self._average) if share < 1 else value
+        self._values = [*self._values, self._average if self.mode == "min" else -self._average][-self.window :]
         return counted > self.patience and epoch + 1 >= self.min_epochs and not self._improves()
 
     def state_dict(self) -> dict[str, Any]:

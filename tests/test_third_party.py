@@ -1,0 +1,181 @@
+"""The optimizer switch in modules that others wrote: Lightning's demos and a trainer of torchgeo, none of them edited."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
+from lightning.pytorch.demos.transformer import LightningTransformer, WikiText2
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from lightning_tips import OptimizerSwitchCallback
+
+from harness import PlainData, ResumableLoader, assert_same, bits, build, every_epoch, every_step
+
+EPOCHS = 4
+STEPS_A_EPOCH = 16
+
+
+@pytest.fixture
+def random_data() -> dict[str, DataLoader]:
+    """What the boring modules take, the same in each run."""
+    torch.manual_seed(0)
+    return {
+        "train_dataloaders": DataLoader(RandomDataset(32, 4 * STEPS_A_EPOCH), batch_size=4),
+        "val_dataloaders": DataLoader(RandomDataset(32, 8), batch_size=4),
+    }
+
+
+def to_adam(**options: Any) -> OptimizerSwitchCallback:
+    return OptimizerSwitchCallback(partial(AdamW, lr=0.01), **options)
+
+
+# ---- Lightning's demos
+
+
+def test_boring_model_goes_on_with_its_schedule(random_data, tmp_path: Path) -> None:
+    switch = to_adam(trigger="epoch", at=2)
+    trainer, module = build(switch, folder=tmp_path, max_epochs=EPOCHS, module=BoringModel())
+    trainer.fit(module, **random_data)
+    (adam,) = trainer.optimizers
+    assert isinstance(adam, AdamW)
+    assert {float(state["step"]) for state in adam.state.values()} == {2.0 * STEPS_A_EPOCH}
+    assert (switch.events[0].epoch, switch.events[0].step) == (2, 2 * STEPS_A_EPOCH)
+    # its StepLR takes a tenth each epoch: two of them before the switch, two after it
+    (config,) = trainer.lr_scheduler_configs
+    assert config.scheduler.optimizer is adam
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.01 * 0.1**4)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_boring_model_resumes_exactly(at: int, random_data, tmp_path: Path) -> None:
+    def fit(module: LightningModule, **resume: Any) -> Any:
+        switch = to_adam(trigger="epoch", at=2)
+        trainer, _ = build(switch, every_epoch(tmp_path), folder=tmp_path, max_epochs=EPOCHS, module=module)
+        trainer.fit(module, **random_data, **resume)
+        return bits(trainer)
+
+    whole = fit(BoringModel())
+    assert whole["kinds"] == ["AdamW"]
+    assert_same(fit(BoringModel(), ckpt_path=tmp_path / f"epoch-epoch={at - 1}.ckpt"), whole)
+
+
+def test_boring_model_logs_nothing_so_a_metric_trigger_says_so(random_data, tmp_path: Path) -> None:
+    trainer, module = build(to_adam(trigger="plateau"), folder=tmp_path, max_epochs=EPOCHS, module=BoringModel())
+    with pytest.raises(MisconfigurationException, match="waits for 'val_loss', which nobody logs"):
+        trainer.fit(module, **random_data)
+    assert trainer.global_step == STEPS_A_EPOCH
+
+
+@pytest.mark.parametrize("trigger", [{"trigger": "epoch", "at": 2}, {"trigger": "step", "at": 2 * STEPS_A_EPOCH + 5}])
+def test_manual_optimization(trigger: dict[str, Any], random_data, tmp_path: Path) -> None:
+    switch = to_adam(**trigger)
+    trainer, module = build(switch, folder=tmp_path, max_epochs=EPOCHS, module=ManualOptimBoringModel())
+    trainer.fit(module, **random_data)
+    (adam,) = trainer.optimizers
+    assert isinstance(adam, AdamW)
+    at = switch.events[0].step
+    assert at == (trigger["at"] if trigger["trigger"] == "step" else 2 * STEPS_A_EPOCH)
+    assert {float(state["step"]) for state in adam.state.values()} == {float(EPOCHS * STEPS_A_EPOCH - at)}
+
+
+@pytest.mark.filterwarnings("ignore:.*enable_nested_tensor is True.*:UserWarning")  # torch, of Lightning's transformer
+def test_transformer_demo(tmp_path: Path) -> None:
+    # A text where the demo would otherwise download one.
+    text = Path("data", "wikitext-2.txt")
+    text.parent.mkdir()
+    text.write_text(load_digits().DESCR)
+    switch = to_adam(trigger="step", at=5)
+    module = LightningTransformer(vocab_size=WikiText2().vocab_size)
+    trainer, _ = build(switch, folder=tmp_path, max_epochs=2, module=module)
+    trainer.fit(module)
+    (adam,) = trainer.optimizers
+    assert (switch.events[0].what, switch.events[0].step) == ("SGD -> AdamW", 5)
+    steps = {float(state["step"]) for state in adam.state.values()}
+    assert steps == {float(trainer.global_step - 5)}
+    assert len(adam.state) == len(list(module.parameters()))
+
+
+# ---- torchgeo
+
+
+class DictLoader(ResumableLoader):
+    """Batches as torchgeo's datasets give them."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"image": images, "label": labels} for images, labels in super().__iter__())
+
+
+class DictData(PlainData):
+    """Real digits; few of them for training, so that the validation loss stalls soon."""
+
+    def train_dataloader(self) -> DictLoader:
+        return DictLoader(self.images[:256], self.labels[:256], 64, shuffle=True)
+
+    def val_dataloader(self) -> DictLoader:
+        return DictLoader(self.images[-256:], self.labels[-256:], 128, shuffle=False)
+
+
+@pytest.fixture(scope="module")
+def classification_task() -> Any:
+    return pytest.importorskip("torchgeo.trainers").ClassificationTask  # not above: importing it takes seconds
+
+
+def train_task(classification_task: Any, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    module = classification_task("test_resnet", weights=None, in_channels=1, num_classes=10, lr=1e-3, patience=1)
+    switch = OptimizerSwitchCallback(partial(SGD, lr=0.05, momentum=0.9))  # when val_loss stalls
+    trainer, _ = build(switch, every_step(folder), folder=folder, max_epochs=16, module=module)
+    trainer.fit(module, datamodule=DictData(), ckpt_path=ckpt_path)
+    return trainer, switch
+
+
+@pytest.fixture(scope="module")
+def torchgeo_run(classification_task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    folder = tmp_path_factory.mktemp("torchgeo")
+    return *train_task(classification_task, folder), folder
+
+
+def test_torchgeo_switches_when_its_validation_loss_stalls(torchgeo_run) -> None:
+    trainer, switch, _ = torchgeo_run
+    (event,) = switch.events
+    assert event.what == "AdamW -> SGD"
+    assert event.step == event.epoch * 4 > 0
+    (sgd,) = trainer.optimizers
+    assert type(sgd) is SGD
+    assert len(sgd.state) == len(list(trainer.lightning_module.model.parameters()))
+
+
+def test_torchgeo_scheduler_goes_on_reducing_the_new_rate(torchgeo_run) -> None:
+    trainer, switch, _ = torchgeo_run
+    (sgd,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+    assert type(config.scheduler) is ReduceLROnPlateau
+    assert config.scheduler.optimizer is sgd
+    assert (config.monitor, config.reduce_on_plateau) == ("val_loss", True)
+    assert switch.events[0].details["lr"] == 0.05
+    assert sgd.param_groups[0]["lr"] in [pytest.approx(0.05 * 0.1**times) for times in range(1, 12)]
+
+
+def test_torchgeo_weight_decay_is_translated(torchgeo_run) -> None:
+    trainer, switch, _ = torchgeo_run
+    # AdamW's 0.01 at a rate of 0.001 shrinks a weight by 1e-5 a step, and so does SGD's at 0.05 with momentum 0.9.
+    decay = trainer.optimizers[0].param_groups[0]["weight_decay"]
+    assert decay * 0.05 / (1 - 0.9) == pytest.approx(0.01 * 0.001)
+    assert switch.events[0].details["weight_decay"] == "0.01 decoupled -> 2e-05 L2"
+
+
+@pytest.mark.parametrize("steps", [-3, 2], ids=["before", "after"])
+def test_torchgeo_resumed_in_mid_epoch_equals_the_uninterrupted_run(torchgeo_run, classification_task, steps) -> None:
+    whole, switch, folder = torchgeo_run
+    checkpoint = folder / f"step-step={switch.events[0].step + steps}.ckpt"
+    resumed, _ = train_task(classification_task, folder, checkpoint)
+    assert_same(bits(resumed), bits(whole))
