@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning_tips
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
+
+import lightning_tips
 from lightning_tips.core import TipCallback
 
 

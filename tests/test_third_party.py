@@ -1,4 +1,4 @@
-"""The optimizer switch in modules that others wrote: Lightning's demos and a trainer of torchgeo, none of them edited."""
+"""The optimizer switch in modules that others wrote: Lightning's demos and a trainer of torchgeo, all unedited."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel, RandomDataset
 from lightning.pytorch.demos.transformer import LightningTransformer, WikiText2
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -130,23 +130,25 @@ def classification_task() -> Any:
     return pytest.importorskip("torchgeo.trainers").ClassificationTask  # not above: importing it takes seconds
 
 
-def train_task(classification_task: Any, folder: Path, ckpt_path: Path | None = None) -> tuple[Any, Any]:
+def train_task(
+    classification_task: Any, *callbacks: Callback, patience: int, ckpt_path: Path | None = None, **arguments: Any
+) -> Trainer:
     torch.manual_seed(0)
-    module = classification_task("test_resnet", weights=None, in_channels=1, num_classes=10, lr=1e-3, patience=1)
-    switch = OptimizerSwitchCallback(partial(SGD, lr=0.05, momentum=0.9))  # when val_loss stalls
-    trainer, _ = build(switch, every_step(folder), folder=folder, max_epochs=16, module=module)
+    module = classification_task("test_resnet", weights=None, in_channels=1, num_classes=10, patience=patience)
+    trainer, _ = build(*callbacks, module=module, **arguments)
     trainer.fit(module, datamodule=DictData(), ckpt_path=ckpt_path)
-    return trainer, switch
+    return trainer
 
 
 @pytest.fixture(scope="module")
-def torchgeo_run(classification_task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+def torchgeo_run(classification_task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Any]:
+    switch = OptimizerSwitchCallback(partial(SGD, lr=0.05, momentum=0.9))  # when val_loss stalls
     folder = tmp_path_factory.mktemp("torchgeo")
-    return *train_task(classification_task, folder), folder
+    return train_task(classification_task, switch, patience=1, folder=folder, max_epochs=16), switch
 
 
 def test_torchgeo_switches_when_its_validation_loss_stalls(torchgeo_run) -> None:
-    trainer, switch, _ = torchgeo_run
+    trainer, switch = torchgeo_run
     (event,) = switch.events
     assert event.what == "AdamW -> SGD"
     assert event.step == event.epoch * 4 > 0
@@ -156,7 +158,7 @@ def test_torchgeo_switches_when_its_validation_loss_stalls(torchgeo_run) -> None
 
 
 def test_torchgeo_scheduler_goes_on_reducing_the_new_rate(torchgeo_run) -> None:
-    trainer, switch, _ = torchgeo_run
+    trainer, switch = torchgeo_run
     (sgd,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
     assert type(config.scheduler) is ReduceLROnPlateau
     assert config.scheduler.optimizer is sgd
@@ -166,16 +168,24 @@ def test_torchgeo_scheduler_goes_on_reducing_the_new_rate(torchgeo_run) -> None:
 
 
 def test_torchgeo_weight_decay_is_translated(torchgeo_run) -> None:
-    trainer, switch, _ = torchgeo_run
+    trainer, switch = torchgeo_run
     # AdamW's 0.01 at a rate of 0.001 shrinks a weight by 1e-5 a step, and so does SGD's at 0.05 with momentum 0.9.
     decay = trainer.optimizers[0].param_groups[0]["weight_decay"]
     assert decay * 0.05 / (1 - 0.9) == pytest.approx(0.01 * 0.001)
     assert switch.events[0].details["weight_decay"] == "0.01 decoupled -> 2e-05 L2"
 
 
-@pytest.mark.parametrize("steps", [-3, 2], ids=["before", "after"])
-def test_torchgeo_resumed_in_mid_epoch_equals_the_uninterrupted_run(torchgeo_run, classification_task, steps) -> None:
-    whole, switch, folder = torchgeo_run
-    checkpoint = folder / f"step-step={switch.events[0].step + steps}.ckpt"
-    resumed, _ = train_task(classification_task, folder, checkpoint)
-    assert_same(bits(resumed), bits(whole))
+def test_torchgeo_resumed_in_mid_epoch_equals_the_uninterrupted_run(classification_task, tmp_path: Path) -> None:
+    def run(**resume: Any) -> dict[str, Any]:
+        switch = OptimizerSwitchCallback(partial(SGD, lr=0.05, momentum=0.9), trigger="epoch", at=3)
+        # A resumed Lightning never steps ReduceLROnPlateau at the end of its first epoch, with or without a switch. So
+        # the rate must not hang on it here, and its own state is no part of the comparison.
+        arguments = {"patience": 100, "folder": tmp_path, "max_epochs": 6} | resume
+        result = bits(train_task(classification_task, switch, every_step(tmp_path), **arguments))
+        assert len(result.pop("schedulers")) == 1
+        return result
+
+    whole = run()
+    assert whole["kinds"] == ["SGD"]
+    for step in (9, 14):  # before and after the switch in step 12
+        assert_same(run(ckpt_path=tmp_path / f"step-step={step}.ckpt"), whole, f"resumed from step {step}")

@@ -7,8 +7,8 @@ trigger; and the control, Adam with its rate divided by ten at the epoch of the 
 gain is the switch and what the drop of the learning rate. Every arm divides its rate by ten at epoch 9 of 12.
 
 Each finished run is appended to ``arms.csv`` and skipped the next time, so the study can be interrupted; two processes
-with other ``--arms`` and OMP_NUM_THREADS=1 share the work. Under an hour on two cores. Test accuracy is that of the last
-epoch, not of the best.
+with other ``--arms`` and OMP_NUM_THREADS=1 share the work. Under an hour on two cores. Test accuracy is that of the
+last epoch, not of the best.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier
 
 SWITCH, DECAY, EPOCHS = 4, 9, 12
-COLUMNS = ["arm", "seed", "images", "batch", "test_acc", "val_acc", "switch_epoch", "lr", "swats_lr", "cpu_seconds", "epochs", "machine"]
+COLUMNS = ["arm", "seed", "images", "batch", "test_acc", "val_acc", "switch_epoch", "lr", "swats_lr"]
+COLUMNS += ["cpu_seconds", "epochs", "machine"]
 
 
 def sgd(params: Any) -> SGD:
