@@ -116,7 +116,16 @@ class OptimizerSwitchCallback(TipCallback):
         self.weight_decay: WeightDecay = weight_decay
         self.lr_scheduler_interval = lr_scheduler_interval
         self.optimizer_index = optimizer_index
-        checks.check_arguments(self)
+        checks.check_arguments(
+            trigger,
+            at,
+            lr,
+            weight_decay,
+            lr_scheduler_interval,
+            warmup_steps=warmup_steps,
+            optimizer_index=optimizer_index,
+            min_epochs=min_epochs,
+        )
         self._target = target_name(optimizer)  # for the key in checkpoints
         self._guard: RemovableHandle | None = None  # on the replaced optimizer
 
@@ -231,7 +240,8 @@ class OptimizerSwitchCallback(TipCallback):
             if isinstance(tip, OptimizerSwitchCallback) and tip.optimizer_index == self.optimizer_index
         ]
         self.previous = chain[: chain.index(self)]
-        checks.check_plan(trainer, self)
+        checks.check_chain(self.trigger, self.at, ((earlier.trigger, earlier.at) for earlier in self.previous))
+        checks.warn_if_never(trainer, self.trigger, self.at, self.monitor, self.patience)
         if trainer.strategy.restore_checkpoint_after_setup:
             before_checkpoint_load(trainer.strategy, self.state_key, partial(self._rebuild_for, trainer))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping
@@ -15,9 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_tips.core import callbacks_of, did_you_mean
 from lightning_tips.optimizer.switch import Switch, is_sgd
 
-if TYPE_CHECKING:
-    from lightning_tips.optimizer.callback import OptimizerSwitchCallback
-
 TRIGGERS = ("plateau", "fluctuation", "swats", "epoch", "step")
 # Options that tell one family of optimizers from another, whatever else a torch version adds.
 _TELLING_OPTIONS = {"momentum", "dampening", "betas", "alpha", "rho"}
@@ -25,11 +23,22 @@ WEIGHT_DECAYS = ("map", "keep", "optimizer")
 INTERVALS = ("epoch", "step")
 
 
-def check_arguments(callback: OptimizerSwitchCallback) -> None:
-    """Raises ValueError for arguments that make no sense."""
-    trigger, at, lr = callback.trigger, callback.at, callback.lr
-    if trigger not in TRIGGERS:
-        raise ValueError(f"trigger={trigger!r} is unknown. {did_you_mean(str(trigger), TRIGGERS)}")
+def check_arguments(
+    trigger: str,
+    at: int | None,
+    lr: float | str | None,
+    weight_decay: str,
+    lr_scheduler_interval: str,
+    **not_negative: int,
+) -> None:
+    """Raises ValueError for arguments of the callback that make no sense."""
+    for name, value, known in (
+        ("trigger", trigger, TRIGGERS),
+        ("weight_decay", weight_decay, WEIGHT_DECAYS),
+        ("lr_scheduler_interval", lr_scheduler_interval, INTERVALS),  # Lightning would silently never step it
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown. {did_you_mean(str(value), known)}")
     if (trigger in ("epoch", "step")) != (at is not None):
         needs = "at=<a number>" if at is None else "no `at`: it decides by itself"
         raise ValueError(f"trigger={trigger!r} needs {needs}.")
@@ -38,14 +47,9 @@ def check_arguments(callback: OptimizerSwitchCallback) -> None:
     usable = lr is None or lr == "auto" or (not isinstance(lr, str) and math.isfinite(lr) and lr > 0)
     if not usable:
         raise ValueError(f"lr={lr!r} is no learning rate; give a number above 0, 'auto' or None.")
-    if callback.weight_decay not in WEIGHT_DECAYS:
-        raise ValueError(
-            f"weight_decay={callback.weight_decay!r} is unknown. {did_you_mean(callback.weight_decay, WEIGHT_DECAYS)}"
-        )
-    if callback.lr_scheduler_interval not in INTERVALS:  # Lightning would never step the scheduler, and say nothing
-        raise ValueError(f"lr_scheduler_interval={callback.lr_scheduler_interval!r} is unknown; use 'epoch' or 'step'.")
-    if callback.warmup_steps < 0 or callback.optimizer_index < 0 or callback.min_epochs < 0:
-        raise ValueError("warmup_steps, optimizer_index and min_epochs must be 0 or more.")
+    for name, number in not_negative.items():
+        if number < 0:
+            raise ValueError(f"{name}={number} must be 0 or more.")
 
 
 def refuse_steps(optimizer: Optimizer, pl_module: pl.LightningModule) -> RemovableHandle:
@@ -60,25 +64,34 @@ def refuse_steps(optimizer: Optimizer, pl_module: pl.LightningModule) -> Removab
     return optimizer.register_step_pre_hook(refuse)
 
 
-def check_plan(trainer: pl.Trainer, callback: OptimizerSwitchCallback) -> None:
-    """Raises for a chain in the wrong order; warns of a switch that the run will end before."""
-    trigger, at = callback.trigger, callback.at
-    for earlier in callback.previous:
-        if at is not None and earlier.at is not None and earlier.trigger == trigger and earlier.at >= at:
+def check_chain(trigger: str, at: int | None, earlier: Iterable[tuple[str, int | None]]) -> None:
+    """Raises for a chain in the wrong order.
+
+    Args:
+        trigger: Trigger of this switch.
+        at: Its time.
+        earlier: Trigger and time of the switches that stand before it.
+    """
+    for other, before in earlier:
+        if other == trigger and at is not None and before is not None and before >= at:
             raise MisconfigurationException(
-                f"Switches at {trigger} {earlier.at} and then at {trigger} {at}: the callbacks of a chain stand in the"
+                f"Switches at {trigger} {before} and then at {trigger} {at}: the callbacks of a chain stand in the"
                 " order in which they switch, each later than the one before."
             )
+
+
+def warn_if_never(trainer: pl.Trainer, trigger: str, at: int | None, monitor: str, patience: int) -> None:
+    """Warns of a switch that the run will end before."""
     end = {"epoch": trainer.max_epochs, "step": trainer.max_steps}.get(trigger)
     if at is not None and end is not None and 0 <= end <= at:
         rank_zero_warn(f"There will be no switch: it is set for {trigger} {at}, and the run ends at {trigger} {end}.")
     if trigger in ("plateau", "fluctuation"):
-        early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == callback.monitor)
+        early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == monitor)
         for stopping in early:
-            if stopping.patience <= callback.patience:
+            if stopping.patience <= patience:
                 rank_zero_warn(
                     f"EarlyStopping on {stopping.monitor} with patience {stopping.patience} ends the run before the"
-                    f" switch, which has patience {callback.patience}. Give EarlyStopping several times that."
+                    f" switch, which has patience {patience}. Give EarlyStopping several times that."
                 )
 
 

@@ -1,0 +1,71 @@
+"""Each private attribute of Lightning that `core/lightning_private.py` uses still is what the package takes it for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_tips import OptimizerSwitchCallback
+from lightning_tips.core.lightning_private import logging_step
+
+from harness import STEPS_A_EPOCH, PlainModule, fit
+
+
+class TwoOptimizers(PlainModule):
+    """Steps two optimizers a batch, which `global_step` counts as two steps and Lightning's loggers as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.log("step_loss", loss)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (self.features, self.head)]
+
+
+class Notebook(Logger):
+    """Writes down what is logged under which step."""
+
+    name, version = "notebook", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, int]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.lines += [(name, step) for name in metrics]
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class AsksAtValidation(Callback):
+    def __init__(self) -> None:
+        self.answers: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.answers.append(logging_step(trainer))
+
+
+def test_logging_step_is_the_one_that_lightning_logs_under(tmp_path: Path) -> None:
+    notebook, asks, switch = Notebook(), AsksAtValidation(), OptimizerSwitchCallback(trigger="epoch", at=2)
+    arguments = {"module": TwoOptimizers(), "logger": notebook, "log_every_n_steps": 1, "max_epochs": 3}
+    fit(switch, asks, folder=tmp_path, **arguments)
+    steps = {name: [step for other, step in notebook.lines if other == name] for name, _ in notebook.lines}
+    assert asks.answers == steps["val_loss"]
+    assert asks.answers[-1] in (3 * STEPS_A_EPOCH - 1, 3 * STEPS_A_EPOCH)  # batches, not optimizer steps
+    # Between the last batch before the switch and the first after it, so that no logger drops the event.
+    before, after = (steps["step_loss"][2 * STEPS_A_EPOCH - 1], steps["step_loss"][2 * STEPS_A_EPOCH])
+    assert before <= steps["tips/optimizer"][0] <= after
+    assert [step for _, step in notebook.lines] == sorted(step for _, step in notebook.lines)
