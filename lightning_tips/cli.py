@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -114,13 +115,14 @@ class TipsCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, then looks at the checkpoint before anything is built from it."""
         super().parse_arguments(parser, args)
-        path = self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path")
+        given = self.config.get(str(self.config.get("subcommand")), {})
+        path = given.get("ckpt_path")
         if path and path not in ("best", "last", "hpc"):
-            check_checkpoint(Path(path))
+            check_checkpoint(str(path), given.get("weights_only"))
 
     def before_instantiate_classes(self) -> None:
         """W&B asks for a login in the terminal, or fails without one: offline, it logs to a folder instead."""
-        if "WANDB_MODE" not in os.environ and "Wandb" in str(self._get(self.config, "trainer").get("logger")):
+        if "WANDB_MODE" not in os.environ and "Wandb" in str(self.config[self.config["subcommand"]].trainer.logger):
             import wandb
 
             if not wandb.login(prompt=False):
@@ -128,26 +130,35 @@ class TipsCLI(LightningCLI):
                 print("Not logged in to Weights & Biases: logging offline. `wandb login` changes that.", flush=True)
 
 
-def check_checkpoint(path: Path) -> None:
+def check_checkpoint(path: str, weights_only: bool | None = None) -> None:
     """Ends the program with a clear message when a checkpoint cannot be read.
+
+    Args:
+        path: What was given as ``ckpt_path``. Addresses, and the folders of sharded checkpoints, are left to Lightning.
+        weights_only: As given on the command line; with ``False`` only existence is checked.
 
     Raises:
         SystemExit: If it is missing, damaged, or not a Lightning checkpoint.
     """
-    if path.is_dir():
-        return  # sharded: the strategy knows how to read it
-    if not path.exists():
-        near = _closest(path.name, (p.name for p in path.parent.glob("*.ckpt"))) if path.parent.is_dir() else None
-        sys.exit(f"error: there is no checkpoint {path}" + (f"; did you mean {path.parent / near}?" if near else ""))
+    file = Path(path)
+    if ":" in path or file.is_dir():
+        return
+    if not file.exists():
+        near = _closest(file.name, (p.name for p in file.parent.glob("*.ckpt"))) if file.parent.is_dir() else None
+        sys.exit(f"error: there is no checkpoint {file}" + (f"; did you mean {file.parent / near}?" if near else ""))
+    if weights_only is False:
+        return
     try:
-        keys = set(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        keys = set(torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
     except Exception as error:  # torch raises many kinds for a file that is cut off or of another format
+        if "GLOBAL" in str(error):
+            return  # whole, but with objects in it: Lightning says how to load such a one
         sys.exit(
-            f"error: {path} is damaged or no checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). It was"
+            f"error: {file} is damaged or no checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). It was"
             " probably cut off while it was written; use an earlier one."
         )
     if "state_dict" not in keys:
-        sys.exit(f"error: {path} is no Lightning checkpoint: it holds {sorted(map(str, keys))[:8]}, no state_dict.")
+        sys.exit(f"error: {file} is no Lightning checkpoint: it holds {sorted(map(str, keys))[:8]}, no state_dict.")
 
 
 def show_tips(arguments: list[str]) -> int:
@@ -163,14 +174,18 @@ def show_tips(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of ``lightning-tips``."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Entry point of ``lightning-tips``.
+
+    Args:
+        arguments: What would stand on the command line; by default what does.
+    """
+    given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         module, _, function = COMMANDS[arguments[0]][0].partition(":")
         return int(getattr(importlib.import_module(module), function)(arguments[1:]))
     # Lightning 2.6 trips over a deprecation of torch 2.14 in each run; no user can do anything about it.
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    TipsCLI()
+    TipsCLI(args=given)
     return 0
 
 

@@ -25,5 +25,7 @@ def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     before = dict(os.environ)
     yield
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()  # the next test's logger would go on in this run
     os.environ.clear()
     os.environ.update(before)

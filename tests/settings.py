@@ -24,11 +24,13 @@ class Setting:
         tip: The class.
         changed: Raises AssertionError unless the tip did its work in this finished run of 6 epochs of 4 steps.
         arguments: What a yaml would say under ``init_args``.
+        second: What is different in a second one beside it.
     """
 
     tip: type[TipCallback]
     changed: Callable[[Trainer, Any], None]
     arguments: dict[str, Any] = field(default_factory=dict)
+    second: dict[str, Any] = field(default_factory=dict)
 
     @property
     def yaml(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ SETTINGS = [
             "at": 2,
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
         },
+        second={"at": 4},
     ),
 ]
 

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core import ActsOn, Event, TipCallback, did_you_mean, find_tips, parameter_hash, split_batch
 
-from harness import PlainData, PlainModule, build, fit
+from harness import PlainData, PlainModule, build, every_epoch, fit
 
 
 @pytest.mark.parametrize(
@@ -116,3 +117,19 @@ def test_hash_tells_one_bit(tmp_path: Path) -> None:
 def test_hash_takes_every_dtype() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert len(parameter_hash(torch.nn.Linear(2, 2).to(dtype))) == 32
+
+
+def test_metric_of_a_rare_validation_is_waited_for(tmp_path: Path) -> None:
+    # The first validation comes in the middle of the second epoch.
+    switch = OptimizerSwitchCallback(trigger="plateau", patience=1)
+    trainer = fit(switch, folder=tmp_path, max_epochs=4, check_val_every_n_epoch=None, val_check_interval=6)
+    assert trainer.global_step == 16
+
+
+def test_testing_another_checkpoint_does_not_rewind_a_tip(tmp_path: Path) -> None:
+    switch = OptimizerSwitchCallback(trigger="epoch", at=2)
+    trainer, module = build(switch, every_epoch(tmp_path / "kept"), folder=tmp_path, max_epochs=4)
+    trainer.fit(module, datamodule=PlainData())
+    trainer.validate(module, datamodule=PlainData(), ckpt_path=tmp_path / "kept" / "epoch-epoch=0.ckpt", verbose=False)
+    assert switch.switched
+    assert len(switch.events) == 1

@@ -158,7 +158,7 @@ def test_yaml_round_trip(setting: Setting, tmp_path: Path, monkeypatch, capsys) 
 )
 @pytest.mark.parametrize("swap", [False, True])
 def test_every_pair_works_or_refuses_before_the_first_step(one: Setting, other: Setting, swap, tmp_path: Path) -> None:
-    tips = [one.make(), other.make(**({"at": 4} if other is one else {}))]
+    tips = [one.make(), other.make(**(other.second if other is one else {}))]
     module = PlainModule()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     try:

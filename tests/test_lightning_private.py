@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_tips import OptimizerSwitchCallback
-from lightning_tips.core.lightning_private import logging_step
+from lightning_tips.core.lightning_private import SHARDED_METADATA, logging_step
 
 from harness import STEPS_A_EPOCH, PlainModule, fit
 
@@ -69,3 +70,7 @@ def test_logging_step_is_the_one_that_lightning_logs_under(tmp_path: Path) -> No
     before, after = (steps["step_loss"][2 * STEPS_A_EPOCH - 1], steps["step_loss"][2 * STEPS_A_EPOCH])
     assert before <= steps["tips/optimizer"][0] <= after
     assert [step for _, step in notebook.lines] == sorted(step for _, step in notebook.lines)
+
+
+def test_metadata_file_of_a_sharded_checkpoint() -> None:
+    assert SHARDED_METADATA == _METADATA_FILENAME

@@ -231,7 +231,7 @@ def test_a_damaged_state_is_named(damage, tmp_path):
         ({"lr": float("nan")}, "no learning rate"),
         ({"lr": "fast"}, "no learning rate"),
         ({"weight_decay": "kep"}, "Did you mean 'keep'"),
-        ({"lr_scheduler_interval": "epochs"}, "use 'epoch' or 'step'"),
+        ({"lr_scheduler_interval": "epochs"}, "Did you mean 'epoch'"),
         ({"warmup_steps": -1}, "must be 0 or more"),
         ({"optimizer_index": -1}, "must be 0 or more"),
         ({"mode": "least"}, 'use "min"'),

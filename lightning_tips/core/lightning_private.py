@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
+SHARDED_METADATA = "meta.pt"
+"""The file of a sharded checkpoint's folder that holds everything but the tensors (``_METADATA_FILENAME``)."""
+
 
 def logging_step(trainer: pl.Trainer) -> int:
     """The step under which Lightning logs at this moment.

@@ -39,6 +39,7 @@ class Monitor:
         self._source = "unknown"  # or "validation", "training"
         self._there_before_validation = False
         self._missed = False
+        self._validated = False
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Raises when a validation metric is wanted and there is no validation."""
@@ -59,27 +60,30 @@ class Monitor:
             MisconfigurationException: After the sanity check, so before the first step, when a validation metric has
                 a name that is not logged.
         """
-        logged = self.metric in trainer.callback_metrics
+        value, was_there, any_logged = self._on_rank_zero(trainer)
         if trainer.sanity_checking:
-            if not logged and trainer.callback_metrics and self._names_validation:
+            if value is None and any_logged and self._names_validation:
                 raise self._missing(trainer)
             return None
-        if self._source == "unknown" and logged and not self._there_before_validation:
+        self._validated = True
+        if self._source == "unknown" and value is not None and not was_there:
             self._source = "validation"
-        return self._read(trainer) if self._source == "validation" and logged else None
+        return self._checked(trainer, value) if self._source == "validation" else None
 
     def on_train_epoch_end(self, trainer: pl.Trainer) -> float | None:
         """The metric, if it is one of training."""
         if self._source == "validation":
             return None
-        if self.metric in trainer.callback_metrics:
+        value, _, _ = self._on_rank_zero(trainer)
+        if value is not None:
             self._source = "training"
-            return self._read(trainer)
-        self._missed = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+            return self._checked(trainer, value)
+        # Validation may come in a later epoch only.
+        self._missed = self._validated or not trainer.enable_validation
         return None
 
     def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
-        """Raises when a whole epoch passed, validation included, without the metric; its checkpoint is written."""
+        """Raises when an epoch and a validation passed without the metric; their checkpoint is written."""
         if self._missed and self._source == "unknown":
             raise self._missing(trainer)
 
@@ -95,9 +99,17 @@ class Monitor:
     def _names_validation(self) -> bool:
         return _NAMES_VALIDATION.search(self.metric) is not None
 
-    def _read(self, trainer: pl.Trainer) -> float:
-        value = agree(trainer, float(trainer.callback_metrics[self.metric]))
-        if not math.isfinite(value):
+    def _on_rank_zero(self, trainer: pl.Trainer) -> tuple[float | None, bool, bool]:
+        """The metric, whether it was there before validation, and whether anything is logged: what rank 0 sees.
+
+        All ranks ask, whatever they see themselves: a module may log on rank 0 alone.
+        """
+        metrics = trainer.callback_metrics
+        value = float(metrics[self.metric]) if self.metric in metrics else None
+        return agree(trainer, (value, self._there_before_validation, bool(metrics)))
+
+    def _checked(self, trainer: pl.Trainer, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
             rank_zero_warn(
                 f"{self.metric} is {value} in epoch {trainer.current_epoch}; {self.asker} passes over it. If that goes"
                 " on, the learning rate is too high or the data has holes."

@@ -42,7 +42,7 @@ def decay_is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
         if flag in group:
             return bool(group[flag])
     name = type(optimizer).__name__
-    return name.endswith("W") or name.lower() in {"lion", "adan", "adamp", "lamb", "muon"}
+    return name.endswith("W") or name.lower() in {"lion", "adan", "adafactor", "adamp", "lamb", "muon"}
 
 
 def translate_weight_decay(old: Optimizer, new: Optimizer) -> list[float]:

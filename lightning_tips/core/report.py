@@ -32,11 +32,18 @@ class RunReportCallback(pl.Callback):
         self.metrics = metrics
         self.plot = plot
         self._rows: list[dict[str, float]] = []
+        self._stage = "fit"
+        self._folder: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts a new history when a new run starts."""
+        self._stage = stage
         if stage == "fit" and trainer.global_step == 0:
             self._rows = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Asks for the folder, which asks the other ranks: after an interrupt they could not answer."""
+        self._folder = trainer.log_dir
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the metrics."""
@@ -66,10 +73,9 @@ class RunReportCallback(pl.Callback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        folder = trainer.log_dir  # asks the other ranks, so on all of them
-        if not trainer.is_global_zero or folder is None or getattr(trainer, "fast_dev_run", False):
+        if not trainer.is_global_zero or self._folder is None or getattr(trainer, "fast_dev_run", False):
             return
-        target = Path(folder) / "tips"
+        target = Path(self._folder) / "tips"
         target.mkdir(parents=True, exist_ok=True)
         events = sorted((e for tip in find_tips(trainer) for e in tip.events), key=lambda e: e.step)
         (target / "events.json").write_text(json.dumps([e.to_dict() for e in events], indent=2) + "\n")
@@ -96,5 +102,7 @@ class RunReportCallback(pl.Callback):
         return {"rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the history."""
+        """Restores the history, in fit; Lightning calls this for test and validate too."""
+        if self._stage != "fit":
+            return
         self._rows = [dict(row) for row in state_dict["rows"]]

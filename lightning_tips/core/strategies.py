@@ -18,6 +18,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_tips.core.lightning_private import SHARDED_METADATA
+
 CheckpointHook = Callable[[dict[str, Any]], None]
 
 
@@ -89,6 +91,6 @@ def read_metadata(path: str | Path, weights_only: bool | None = None) -> dict[st
         weights_only: As in ``torch.load``.
     """
     path = Path(path)
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / SHARDED_METADATA if path.is_dir() else path
     checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
     return checkpoint

@@ -96,6 +96,7 @@ class TipCallback(Tip, pl.Callback):
     """
 
     _started_epoch = -1
+    _stage = "fit"
 
     def reset(self) -> None:
         """Forgets the last run. Called when a run starts at step 0, before a checkpoint is loaded."""
@@ -106,6 +107,7 @@ class TipCallback(Tip, pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Puts the tips in order and checks that they go together."""
+        self._stage = stage
         if stage == "fit":
             self._started_epoch = -1
             if trainer.global_step == 0:
@@ -139,16 +141,27 @@ class TipCallback(Tip, pl.Callback):
         if find_tips(trainer)[0] is self:
             say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in find_tips(trainer)]))
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether the trainer validates, tests or predicts.
+
+        Lightning then restores callbacks too, from a checkpoint of another time: a tip that goes on training later must
+        not forget what it did since.
+        """
+        return self._stage != "fit"
+
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint. Subclasses add their own keys to it."""
         return {"events": [event.to_dict() for event in self.events]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`; may be called any number of times.
+        """Restores :meth:`state_dict`, in fit; may be called any number of times. Subclasses ask :attr:`evaluating`.
 
         Raises:
             MisconfigurationException: If the state is not what this class writes.
         """
+        if self.evaluating:
+            return
         try:
             self._events = [Event.from_dict(event) for event in state_dict["events"]]
         except (KeyError, TypeError) as error:

@@ -205,6 +205,8 @@ class OptimizerSwitchCallback(TipCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`; the optimizer itself follows in ``on_fit_start``."""
         super().load_state_dict(state_dict)
+        if self.evaluating:
+            return
         try:
             self._switched = bool(state_dict["switched"])
             self._pending = bool(state_dict["pending"])
@@ -290,7 +292,8 @@ class OptimizerSwitchCallback(TipCallback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The metric is looked for before and after validation."""
-        self._metric.on_validation_start(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._metric.on_validation_start(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides, if validation logs the metric."""
