@@ -62,7 +62,7 @@ def train(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,  # a rank that waits for the other for ever
+        timeout=400,  # a rank that waits for the other for ever
     )
     assert done.returncode == 0, done.stdout[-12000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
