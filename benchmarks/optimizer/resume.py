@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for seed in chosen.seeds:
         data: LightningDataModule
         if chosen.digits:
-            data = DigitsDataModule(seed=seed, train_size=256)
+            data = DigitsDataModule(batch_size=32, seed=seed, train_size=256)
         else:
             data = FashionMNISTDataModule(batch_size=64, train_size=chosen.images, val_fraction=0.01, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
