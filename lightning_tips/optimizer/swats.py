@@ -149,6 +149,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     product = (a.float() * b.float()).sum()
     if hasattr(product, "full_tensor"):  # sharded parameters: the sum over all ranks
         product = product.full_tensor()
+    if product.device.type == "mps":  # knows no float64
+        product = product.cpu()
     return product.double()
 
 
