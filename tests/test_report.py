@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def history(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def whole_history(file: Path, seconds: float = 60) -> list[dict[str, Any]]:
+    """The history once W&B has written it: its process may still be at it when `finish` returns."""
+    from google.protobuf.message import DecodeError
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            rows = history(file)
+        except DecodeError:  # the last record is half written
+            rows = []
+        if any(key.startswith("tips/run") for row in rows for key in row) or time.monotonic() > deadline:
+            return rows
+        time.sleep(0.1)
+
+
 def test_an_event_is_recorded_and_printed_once_and_listed_in_the_summary(tmp_path, capsys):
     tip = switch()
     fit(tip, folder=tmp_path)
@@ -94,7 +110,7 @@ def test_events_in_wandb(module, tmp_path):
     fit(switch(), RunReportCallback(), folder=tmp_path, logger=logger, log_every_n_steps=1, module=module())
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows = history(file)
+    rows = whole_history(file)
     (event,) = [row for row in rows if "tips/optimizer" in row]
     assert {key: pytest.approx(event[key]) for key in EXPECTED} == EXPECTED
     assert event["trainer/global_step"] == 8  # Lightning logs by batches; global_step is 16 with two optimizers
