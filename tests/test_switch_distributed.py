@@ -22,10 +22,6 @@ from harness import fit
 
 WORKER = Path(__file__).parent / "worker.py"
 
-# Where pytest-xdist spreads the tests (--dist=loadgroup), each group is trained once all the same.
-one_process_for_ddp = pytest.mark.xdist_group("two ranks, DDP")
-one_process_for_fsdp = pytest.mark.xdist_group("two ranks, FSDP2")
-
 AT_EPOCH = {"trigger": "epoch", "at": 2}
 AT_STEP = {"trigger": "step", "at": 14, "lr": "auto"}  # in the middle of epoch 3
 CHAIN = [
@@ -98,7 +94,6 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return train(tmp_path_factory.mktemp("ddp"), ddp_runs())
 
 
-@one_process_for_ddp
 @pytest.mark.parametrize("name", [run["name"] for run in ddp_runs() if run["name"] not in ("plateau", "drift")])
 def test_ddp_ranks_stay_equal(ddp, name: str) -> None:
     first, second = (rank[name] for rank in ddp)
@@ -107,7 +102,6 @@ def test_ddp_ranks_stay_equal(ddp, name: str) -> None:
     assert first["steps"] == 24
 
 
-@one_process_for_ddp
 def test_ranks_that_see_different_metrics_switch_together(ddp) -> None:
     first, second = (dict(rank["plateau"]) for rank in ddp)
     assert first.pop("seen")[1:] == [1.0] * 6  # without the sanity check
@@ -117,7 +111,6 @@ def test_ranks_that_see_different_metrics_switch_together(ddp) -> None:
     assert first["optimizers"] == ["SGD"]
 
 
-@one_process_for_ddp
 def test_step_trigger_switches_in_the_middle_of_an_epoch_at_the_projected_rate(ddp) -> None:
     (event,) = ddp[0]["at-step"]["events"][0]
     assert event.startswith("[optimizer] epoch 3, step 14: Adam -> SGD (lr ")
@@ -127,7 +120,6 @@ def test_step_trigger_switches_in_the_middle_of_an_epoch_at_the_projected_rate(d
     assert ddp[0]["at-step"]["rates"][0] == [pytest.approx(rate / 2, rel=1e-3)]
 
 
-@one_process_for_ddp
 def test_chain_switches_twice(ddp) -> None:
     first, second = ddp[0]["chain"]["events"]
     assert first[0].startswith("[optimizer] epoch 1, step 6: Adam -> SGD")
@@ -135,7 +127,6 @@ def test_chain_switches_twice(ddp) -> None:
     assert ddp[0]["chain"]["optimizers"] == ["AdamW"]
 
 
-@one_process_for_ddp
 @pytest.mark.parametrize(
     ("run", "step"),
     [("at-step", 5), ("at-step", 15), ("chain", 9), ("chain", 17)],
@@ -146,20 +137,17 @@ def test_ddp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(ddp, run: str
         assert rank[f"{run}-from-{step}"] == rank[run]
 
 
-@one_process_for_ddp
 @pytest.mark.parametrize("variant", ["unused", "static", "bucket-view"])
 def test_variants_of_ddp_train_the_same(ddp, variant: str) -> None:
     assert ddp[0][variant] == ddp[0]["at-step"]
 
 
-@one_process_for_ddp
 def test_debug_mode_raises_on_every_rank_when_ranks_came_apart(ddp) -> None:
     assert ddp[0]["drift"]["hash"] != ddp[1]["drift"]["hash"]
     for rank in ddp:
         assert rank["drift"]["error"].startswith("RuntimeError: 1 of 2 ranks have other parameters than rank 0 after: ")
 
 
-@one_process_for_ddp
 def test_spawned_processes_train_the_same(ddp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # a lambda could not be sent to the processes
@@ -198,12 +186,10 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return train(tmp_path_factory.mktemp("fsdp"), fsdp_runs())
 
 
-@one_process_for_fsdp
 def test_fsdp_ranks_agree(fsdp) -> None:
     assert fsdp[0] == fsdp[1]
 
 
-@one_process_for_fsdp
 def test_fsdp_switches_in_mid_epoch_at_the_projected_rate(fsdp) -> None:
     (event,) = fsdp[0]["whole"]["events"][0]
     assert event.startswith("[optimizer] epoch 3, step 14: Adam -> SGD (lr ")
@@ -212,32 +198,27 @@ def test_fsdp_switches_in_mid_epoch_at_the_projected_rate(fsdp) -> None:
     assert fsdp[0]["whole"]["steps"] == 24
 
 
-@one_process_for_fsdp
 def test_fsdp_trains_the_same_as_ddp(fsdp) -> None:
     assert fsdp[0]["chain"] == fsdp[0]["chain-ddp"]
     assert fsdp[0]["chain"]["optimizers"] == ["AdamW"]
 
 
-@one_process_for_fsdp
 @pytest.mark.parametrize("step", [5, 15], ids=["before", "after"])
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_fsdp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(fsdp, kind: str, step: int) -> None:
     assert fsdp[0][f"{kind}-from-{step}"] == fsdp[0]["whole"]
 
 
-@one_process_for_fsdp
 @pytest.mark.parametrize("step", [9, 17], ids=["between", "in the warm-up after both"])
 def test_fsdp_chain_resumed_equals_the_uninterrupted_one(fsdp, step: int) -> None:
     assert fsdp[0][f"chain-from-{step}"] == fsdp[0]["chain"]
 
 
-@one_process_for_fsdp
 def test_fsdp_trainer_that_goes_on_keeps_the_new_optimizer(fsdp) -> None:
     assert fsdp[0]["goes-on"]["optimizers"] == ["SGD"]
     assert fsdp[0]["goes-on"] == fsdp[0]["goes-on-ddp"]
 
 
-@one_process_for_fsdp
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
 def test_fsdp_validates_a_checkpoint_from_before_the_switch_after_it(fsdp, kind: str) -> None:
     result = fsdp[0][f"validated-{kind}"]
@@ -245,7 +226,6 @@ def test_fsdp_validates_a_checkpoint_from_before_the_switch_after_it(fsdp, kind:
     assert result["momenta"] == fsdp[0]["whole"]["momenta"]  # the optimizer in use is left alone
 
 
-@one_process_for_fsdp
 def test_fsdp_refuses_a_checkpoint_of_another_optimizer(fsdp) -> None:
     error = fsdp[0]["wrong"]["error"]
     assert error.startswith("MisconfigurationException: The checkpoint holds another optimizer than Adam")

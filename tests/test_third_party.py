@@ -107,8 +107,6 @@ def test_transformer_demo(tmp_path: Path) -> None:
 
 # ---- torchgeo
 
-torchgeo = pytest.mark.xdist_group("torchgeo")  # so that not every process of --dist=loadgroup imports it
-
 
 class DictLoader(ResumableLoader):
     """Batches as torchgeo's datasets give them."""
@@ -149,7 +147,6 @@ def torchgeo_run(classification_task, tmp_path_factory: pytest.TempPathFactory) 
     return train_task(classification_task, switch, patience=1, folder=folder, max_epochs=16), switch
 
 
-@torchgeo
 def test_torchgeo_switches_when_its_validation_loss_stalls(torchgeo_run) -> None:
     trainer, switch = torchgeo_run
     (event,) = switch.events
@@ -160,7 +157,6 @@ def test_torchgeo_switches_when_its_validation_loss_stalls(torchgeo_run) -> None
     assert len(sgd.state) == len(list(trainer.lightning_module.model.parameters()))
 
 
-@torchgeo
 def test_torchgeo_scheduler_goes_on_reducing_the_new_rate(torchgeo_run) -> None:
     trainer, switch = torchgeo_run
     (sgd,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
@@ -171,7 +167,6 @@ def test_torchgeo_scheduler_goes_on_reducing_the_new_rate(torchgeo_run) -> None:
     assert sgd.param_groups[0]["lr"] in [pytest.approx(0.05 * 0.1**times) for times in range(1, 12)]
 
 
-@torchgeo
 def test_torchgeo_weight_decay_is_translated(torchgeo_run) -> None:
     trainer, switch = torchgeo_run
     # AdamW's 0.01 at a rate of 0.001 shrinks a weight by 1e-5 a step, and so does SGD's at 0.05 with momentum 0.9.
@@ -180,7 +175,6 @@ def test_torchgeo_weight_decay_is_translated(torchgeo_run) -> None:
     assert switch.events[0].details["weight_decay"] == "0.01 decoupled -> 2e-05 L2"
 
 
-@torchgeo
 def test_torchgeo_resumed_in_mid_epoch_equals_the_uninterrupted_run(classification_task, tmp_path: Path) -> None:
     def run(**resume: Any) -> dict[str, Any]:
         switch = OptimizerSwitchCallback(partial(SGD, lr=0.05, momentum=0.9), trigger="epoch", at=3)
