@@ -10,7 +10,7 @@ from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimiz
 from lightning_tips.core.report import RunReportCallback
 from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
-from lightning_tips.core.tip import ActsOn, Tip, TipCallback, callbacks_of, damaged_state, find_tips
+from lightning_tips.core.tip import ActsOn, Tip, TipCallback, callbacks_of, find_tips
 
 __all__ = [
     "ActsOn",
@@ -25,7 +25,6 @@ __all__ = [
     "before_checkpoint_load",
     "callbacks_of",
     "check_ranks_agree",
-    "damaged_state",
     "did_you_mean",
     "find_tips",
     "inputs_of",

@@ -141,40 +141,33 @@ class TipCallback(Tip, pl.Callback):
         if find_tips(trainer)[0] is self:
             say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in find_tips(trainer)]))
 
-    @property
-    def evaluating(self) -> bool:
-        """Whether the trainer validates, tests or predicts.
-
-        Lightning then restores callbacks too, from a checkpoint of another time: a tip that goes on training later must
-        not forget what it did since.
-        """
-        return self._stage != "fit"
-
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint. Subclasses add their own keys to it."""
         return {"events": [event.to_dict() for event in self.events]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`, in fit; may be called any number of times. Subclasses ask :attr:`evaluating`.
+        """Restores :meth:`state_dict`, in fit; subclasses take up their keys in :meth:`restore`.
+
+        Lightning restores callbacks for validate, test and predict too, from a checkpoint of whatever time. A tip that
+        goes on training later must not forget what it did since, so that is passed over.
 
         Raises:
             MisconfigurationException: If the state is not what this class writes.
         """
-        if self.evaluating:
+        if self._stage != "fit":
             return
         try:
             self._events = [Event.from_dict(event) for event in state_dict["events"]]
-        except (KeyError, TypeError) as error:
-            raise damaged_state(self, error) from error
+            self.restore(state_dict)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"The checkpoint's state of {type(self).__name__} is damaged or of another version ({error!r}). Resume"
+                " from an earlier checkpoint; to start from its weights alone, load them into the module and call fit"
+                " without ckpt_path."
+            ) from error
 
-
-def damaged_state(tip: Tip, error: Exception) -> MisconfigurationException:
-    """The error for a checkpoint whose state a tip cannot read."""
-    return MisconfigurationException(
-        f"The checkpoint's state of {type(tip).__name__} is damaged or of another version ({error!r}). Resume from an"
-        " earlier checkpoint; to start from its weights alone, load them into the module and call fit without"
-        " ckpt_path."
-    )
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what the subclass put into :meth:`state_dict`; may be called any number of times."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -20,7 +20,6 @@ from lightning_tips.core import (
     agree,
     before_checkpoint_load,
     callbacks_of,
-    damaged_state,
     install,
     note_full_rates,
     require_strategy,
@@ -202,20 +201,14 @@ class OptimizerSwitchCallback(TipCallback):
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`; the optimizer itself follows in ``on_fit_start``."""
-        super().load_state_dict(state_dict)
-        if self.evaluating:
-            return
-        try:
-            self._switched = bool(state_dict["switched"])
-            self._pending = bool(state_dict["pending"])
-            self._rate = None if state_dict["rate"] is None else float(state_dict["rate"])
-            self._steps = int(state_dict["steps"])
-            for name, part in self._parts.items():
-                part.load_state_dict(state_dict["parts"][name])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged_state(self, error) from error
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up :meth:`state_dict`; the optimizer itself follows in ``on_fit_start``."""
+        self._switched = bool(state["switched"])
+        self._pending = bool(state["pending"])
+        self._rate = None if state["rate"] is None else float(state["rate"])
+        self._steps = int(state["steps"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
 
     # ---- before the first step
 
