@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-import lightning_tips.vision  # noqa: F401  gives the reference classes short names
+import lightning_tips
+import lightning_tips.vision  # gives the reference classes short names
 from lightning_tips import RunReportCallback
-from lightning_tips.core import TipCallback
+from lightning_tips.core import TipCallback, TipMixin
 
 # Our own subcommands: name to (function, help). The function takes the arguments behind the name and returns an exit
 # code; "module:function" is imported when it is called. A tip that brings a subcommand adds a line.
@@ -166,11 +167,21 @@ def show_tips(arguments: list[str]) -> int:
     if arguments:
         print("usage: lightning-tips tips", file=sys.stderr)
         return 2
-    for cls in sorted(_subclasses(TipCallback), key=lambda c: c.__name__):
-        summary = (inspect.getdoc(cls) or "").splitlines()[0]
-        print(f"{cls.__name__}\n    {summary}")
-    print("\nIn a yaml, under trainer.callbacks:\n    - class_path: <name>\n      init_args: {...}")
+    tips = [cls for name in lightning_tips.__all__ if isinstance(cls := getattr(lightning_tips, name), type)]
+    for kind, use in _USES:
+        of_kind = [cls for cls in tips if issubclass(cls, kind)]
+        for cls in of_kind:
+            print(f"{cls.__name__}\n    {(inspect.getdoc(cls) or '').splitlines()[0]}")
+        if of_kind:
+            print(f"\n{use}\n")
     return 0
+
+
+_USES: list[tuple[type, str]] = [
+    (TipCallback, "In a yaml, under trainer.callbacks:\n    - class_path: <name>\n      init_args: {...}"),
+    (TipMixin, "In Python, for a DataModule of your own:\n    class MyData(<name>, LightningDataModule): ..."),
+    (pl.LightningModule, "In a yaml, as the model:\n    model: {class_path: <name>, init_args: {...}}"),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -163,11 +163,12 @@ class PlainData(LightningDataModule):
 
 
 def build(
-    *callbacks: Callback, folder: Path, max_epochs: int = 6, module: LightningModule | None = None, **trainer: Any
+    *parts: Any, folder: Path, max_epochs: int = 6, module: LightningModule | None = None, **trainer: Any
 ) -> tuple[Trainer, LightningModule]:
-    """A trainer and a module, seeded, quiet, on CPU."""
+    """A trainer and a module, seeded, quiet, on CPU. Of ``parts``, callbacks go to the trainer; a module is it."""
     seed_everything(0, verbose=False)
-    module = module or PlainModule()
+    callbacks = [part for part in parts if isinstance(part, Callback)]
+    module = module or next((part for part in parts if isinstance(part, LightningModule)), None) or PlainModule()
     arguments: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -178,15 +179,22 @@ def build(
         "default_root_dir": folder,
         "num_sanity_val_steps": 1,
     }
-    return Trainer(callbacks=list(callbacks), max_epochs=max_epochs, **arguments | trainer), module
+    return Trainer(callbacks=callbacks, max_epochs=max_epochs, **arguments | trainer), module
 
 
-def fit(
-    *callbacks: Callback, folder: Path, ckpt_path: Path | None = None, data: Any = None, **arguments: Any
-) -> Trainer:
-    """Trains a plain module on plain data and returns the trainer, whose ``lightning_module`` is the trained one."""
-    trainer, module = build(*callbacks, folder=folder, **arguments)
-    trainer.fit(module, datamodule=data or PlainData(), ckpt_path=ckpt_path)
+def data_in(*parts: Any) -> LightningDataModule:
+    """The DataModule among ``parts``, or the plain one."""
+    return next((part for part in parts if isinstance(part, LightningDataModule)), None) or PlainData()
+
+
+def fit(*parts: Any, folder: Path, ckpt_path: Path | None = None, data: Any = None, **arguments: Any) -> Trainer:
+    """Trains with ``parts``: callbacks, and where others than the plain ones are wanted a module and a DataModule.
+
+    Returns:
+        The trainer, whose ``lightning_module`` is the trained one.
+    """
+    trainer, module = build(*parts, folder=folder, **arguments)
+    trainer.fit(module, datamodule=data or data_in(*parts), ckpt_path=ckpt_path)
     return trainer
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lightning_tips
-from lightning_tips.core import TipCallback
+from lightning_tips.core import TipCallback, TipMixin
+
+import harness
 
 
 @dataclass(frozen=True)
@@ -21,28 +23,111 @@ class Setting:
     """How a tip is tested.
 
     Attributes:
-        tip: The class.
-        changed: Raises AssertionError unless the tip did its work in this finished run of 6 epochs of 4 steps.
+        tip: The class: a callback, a mixin for DataModules, or a LightningModule.
+        changed: Raises AssertionError unless the tip (its callback) did its work in this finished run of 6 epochs of
+            4 steps.
         arguments: What a yaml would say under ``init_args``.
-        second: What is different in a second one beside it.
+        second: What is different in a second one beside it; only callbacks can be given twice.
+        module: Name in `harness.py` of the module that it trains, unless it is one.
+        data: Name in `harness.py` of the DataModule that it trains on, or is mixed into.
     """
 
-    tip: type[TipCallback]
+    tip: type
     changed: Callable[[Trainer, Any], None]
     arguments: dict[str, Any] = field(default_factory=dict)
     second: dict[str, Any] = field(default_factory=dict)
+    module: str = "PlainModule"
+    data: str = "PlainData"
 
     @property
-    def yaml(self) -> dict[str, Any]:
-        return {"class_path": f"lightning_tips.{self.tip.__name__}", "init_args": self.arguments}
+    def name(self) -> str:
+        return self.tip.__name__
 
-    def make(self, **changes: Any) -> Any:
-        """The tip as a yaml would build it."""
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(Callback, "tip")
-        yaml = self.yaml | {"init_args": self.arguments | changes}
-        config = parser.parse_object({"tip": yaml})
-        return (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(config).tip
+    @property
+    def kind(self) -> type:
+        """What the Trainer takes it for."""
+        kinds = {Callback: Callback, TipMixin: LightningDataModule, LightningModule: LightningModule}
+        return next(kind for base, kind in kinds.items() if issubclass(self.tip, base))
+
+    @property
+    def shown(self) -> str:
+        """Its line in the tables."""
+        return self.name if self.kind is Callback else self.make()[1].__class__.__name__
+
+    def make(self, **changes: Any) -> tuple[list[Any], Any]:
+        """See `make`, for this tip alone."""
+        parts, (tip,) = make((self, changes))
+        return parts, tip
+
+    def config(self) -> dict[str, Any]:
+        """What a yaml says of the tip, its module and its data, by their short names."""
+        config: dict[str, Any] = {
+            "trainer": {"callbacks": []},
+            "model": {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}},
+            "data": {"class_path": f"harness.{self.data}"},
+        }
+        if self.kind is Callback:
+            config["trainer"]["callbacks"].append({"class_path": self.name, "init_args": self.arguments})
+        elif self.kind is LightningModule:
+            config["model"] = {"class_path": self.name, "init_args": self.arguments}
+        else:
+            config["data"] = {"class_path": f"settings.{_mixed(self).__name__}", "init_args": self.arguments}
+        return config
+
+
+def make(*wanted: tuple[Setting, dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Tips as a yaml would build them, and what they need beside them.
+
+    Args:
+        *wanted: Rows of the table, each with changes of its arguments.
+
+    Returns:
+        What `harness.fit` takes: callbacks, one DataModule, one module; and the callback of each tip, in the order of
+        ``wanted``.
+    """
+    settings = [setting for setting, _ in wanted]
+    arguments = [setting.arguments | changes for setting, changes in wanted]
+    parts: list[Any] = []
+    tips: dict[int, Any] = {}
+    for i, setting in enumerate(settings):
+        if setting.kind is not LightningDataModule:
+            path = f"{setting.tip.__module__}.{setting.name}"
+            parts.append(_instantiate(setting.kind, path, arguments[i]))
+            tips[i] = parts[-1] if setting.kind is Callback else parts[-1].tips[0]
+    mixed = [i for i, setting in enumerate(settings) if setting.kind is LightningDataModule]
+    if mixed:  # into one DataModule
+        together = {key: value for i in mixed for key, value in arguments[i].items()}
+        data = _instantiate(LightningDataModule, f"settings.{_mixed(*(settings[i] for i in mixed)).__name__}", together)
+        tips |= zip(reversed(mixed), data.tips, strict=True)  # the last base class is the first to bring its own
+        parts.append(data)
+    else:
+        parts.append(getattr(harness, _special(settings, "data"))())
+    if not any(isinstance(part, LightningModule) for part in parts):
+        harness.seed_everything(0, verbose=False)
+        parts.append(getattr(harness, _special(settings, "module"))())
+    return parts, [tips[i] for i in range(len(wanted))]
+
+
+def _special(settings: list[Setting], field_name: str) -> str:
+    """What one of them asks for, if any does."""
+    usual = getattr(Setting, field_name)
+    return next((name for s in settings if (name := getattr(s, field_name)) != usual), usual)
+
+
+def _mixed(*settings: Setting) -> type:
+    """The plain DataModule with their mixins, importable as a yaml needs it."""
+    base = getattr(harness, _special(list(settings), "data"))
+    name = base.__name__ + "With" + "And".join(setting.name for setting in settings)
+    if name not in globals():
+        globals()[name] = type(name, (*(setting.tip for setting in settings), base), {"__module__": __name__})
+    return globals()[name]
+
+
+def _instantiate(kind: type, class_path: str, init_args: dict[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "it")
+    config = parser.parse_object({"it": {"class_path": class_path, "init_args": init_args}})
+    return (parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes)(config).it
 
 
 def switched_to_sgd(trainer: Trainer, tip: Any) -> None:
@@ -65,12 +150,13 @@ SETTINGS = [
     ),
 ]
 
-NAMES = [setting.tip.__name__ for setting in SETTINGS]
+NAMES = [setting.name for setting in SETTINGS]
 
 _public = {
     name
     for name in lightning_tips.__all__
-    if isinstance(cls := getattr(lightning_tips, name), type) and issubclass(cls, TipCallback)
+    if isinstance(cls := getattr(lightning_tips, name), type)
+    and (issubclass(cls, TipCallback | TipMixin) or issubclass(cls, LightningModule))
 }
 if missing := _public - set(NAMES):
     raise RuntimeError(f"tests/settings.py has no row for {sorted(missing)}")

@@ -39,6 +39,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     return run
 
 
+short = pytest.mark.filterwarnings("ignore:There will be no switch")  # QUICK is too short for the plateau
+
+
+@short
 def test_quickstart_leaves_report_checkpoints_metrics_and_a_wandb_run(run, tmp_path: Path) -> None:
     code, printed = run("fit", f"--config={CONFIGS / 'quickstart.yaml'}", *QUICK)
     assert code == 0, printed
@@ -57,6 +61,7 @@ def test_every_config_is_valid(run) -> None:
         assert code == 0, f"{config}: {printed}"
 
 
+@short
 @pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
 def test_logger_is_switched_without_touching_code(run, tmp_path: Path, logger: str) -> None:
     config = f"--config={CONFIGS / 'quickstart.yaml'}"
@@ -65,6 +70,7 @@ def test_logger_is_switched_without_touching_code(run, tmp_path: Path, logger: s
     assert list((tmp_path / "logs").rglob("run.png"))
 
 
+@short
 def test_validate_test_and_predict_take_the_checkpoint(run, tmp_path: Path) -> None:
     config = f"--config={CONFIGS / 'quickstart.yaml'}"
     assert run("fit", config, *QUICK, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs")[0] == 0

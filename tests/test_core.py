@@ -6,10 +6,20 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_tips import OptimizerSwitchCallback
-from lightning_tips.core import ActsOn, Event, TipCallback, did_you_mean, find_tips, parameter_hash, split_batch
+from lightning_tips.core import (
+    ActsOn,
+    Event,
+    TipCallback,
+    TipMixin,
+    did_you_mean,
+    find_tips,
+    parameter_hash,
+    split_batch,
+)
 
 from harness import PlainData, PlainModule, build, every_epoch, fit
 
@@ -84,6 +94,102 @@ def test_tips_act_in_their_order_however_they_were_given(tmp_path: Path) -> None
     assert diary == ["network", "optimizer", "data"]
     assert [type(tip).__name__ for tip in find_tips(trainer)] == ["Network", "Optimizer", "Data"]
     assert trainer.callbacks.index(bystander) == 1  # callbacks that are no tips keep their place
+
+
+def test_tips_are_prepared_in_their_order_and_again_in_each_fit(tmp_path: Path) -> None:
+    diary: list[str] = []
+
+    class Early(Network):
+        def prepare(self, trainer: Any, pl_module: Any) -> None:
+            diary.append(f"prepare {self.tip}")
+
+    class Late(Early):
+        tip, acts_on = "late", ActsOn.DATA
+
+    class Stops(Callback):
+        armed = False
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if self.armed:
+                raise RuntimeError("stop")
+
+    stops = Stops()
+    trainer, module = build(Late([]), Early([]), stops, folder=tmp_path, max_epochs=1)
+    trainer.fit(module, datamodule=PlainData())
+    assert diary == ["prepare network", "prepare late"]
+    trainer.fit_loop.max_epochs = 2
+    stops.armed = True
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(module, datamodule=PlainData())
+    stops.armed = False
+    trainer.fit(module, datamodule=PlainData())
+    assert diary == ["prepare network", "prepare late"] * 3
+
+
+class CountingTip(TipCallback):
+    tip, acts_on = "counting", ActsOn.DATA
+
+    def __init__(self, word: str) -> None:
+        self.word, self.resets = word, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.resets += 1
+
+    def start_epoch(self, trainer: Any, pl_module: Any) -> None:
+        self.record(trainer, self.word)
+
+
+class CountingMixin(TipMixin):
+    def __init__(self, *args: Any, word: str = "hello", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bring(CountingTip(word))
+
+
+class CountingData(CountingMixin, PlainData):
+    def setup(self, stage: str) -> None:
+        """Overrides without super, as users do."""
+
+
+def test_mixin_takes_part_in_all_that_tips_do(tmp_path: Path, capsys) -> None:
+    data = CountingData(word="hi")
+    given = [Optimizer([]), every_epoch(tmp_path / "kept"), Data([])]
+    trainer, module = build(*given, folder=tmp_path, max_epochs=2)
+    trainer.fit(module, datamodule=data)
+    (tip,) = data.tips
+    assert [type(t).__name__ for t in find_tips(trainer)] == ["Optimizer", "Data", "CountingTip"]
+    assert isinstance(trainer.callbacks[-1], ModelCheckpoint)
+    assert [event.what for event in tip.events] == ["hi", "hi"]
+    assert "CountingTip" in capsys.readouterr().out
+
+    resumed = CountingData()
+    checkpoint = tmp_path / "kept" / "epoch-epoch=0.ckpt"
+    keep = every_epoch(tmp_path / "kept")
+    fit(Optimizer([]), Data([]), keep, resumed, folder=tmp_path, max_epochs=3, ckpt_path=checkpoint)
+    assert [event.what for event in resumed.tips[0].events] == ["hi", "hello", "hello"]
+
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, datamodule=PlainData())  # it leaves with its DataModule
+    assert tip not in trainer.callbacks
+    assert len(tip.events) == 2
+
+
+def test_mixin_comes_again_with_every_trainer(tmp_path: Path) -> None:
+    data = CountingData()
+    for _ in range(2):
+        trainer = fit(data, folder=tmp_path, max_epochs=1)
+        trainer.validate(trainer.lightning_module, datamodule=data, verbose=False)
+        assert trainer.callbacks.count(data.tips[0]) == 1
+        assert len(data.tips[0].events) == 1
+
+
+def test_mixin_that_was_not_set_up_says_so(tmp_path: Path) -> None:
+    class Forgetful(CountingMixin, PlainData):
+        def __init__(self) -> None:
+            PlainData.__init__(self)
+
+    with pytest.raises(MisconfigurationException, match=r"Forgetful.*call super\(\).__init__\(\)"):
+        fit(Forgetful(), folder=tmp_path)
 
 
 def test_plan_and_events_are_shown_once_in_that_order(tmp_path: Path, capsys) -> None:

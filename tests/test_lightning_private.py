@@ -1,4 +1,5 @@
-"""Each private attribute of Lightning that `core/lightning_private.py` uses still is what the package takes it for."""
+"""Private attributes still are what they are taken for: those of Lightning in `core/lightning_private.py`, and those of
+torch in `core/schedulers.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,17 @@ def test_logging_step_is_the_one_that_lightning_logs_under(tmp_path: Path) -> No
 
 def test_metadata_file_of_a_sharded_checkpoint() -> None:
     assert SHARDED_METADATA == _METADATA_FILENAME
+
+
+def test_parts_of_torch_schedulers_that_are_copied_to_another_optimizer() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    kinds = torch.optim.lr_scheduler
+    parts = [kinds.ConstantLR(optimizer), kinds.ExponentialLR(optimizer, 0.9)]
+    for compound in (kinds.SequentialLR(optimizer, parts, [2]), kinds.ChainedScheduler(parts)):
+        assert list(compound._schedulers) == parts
+        assert compound.get_last_lr() == compound._last_lr
+    plateau = kinds.ReduceLROnPlateau(optimizer)
+    plateau.step(1.0)
+    plateau._reset()
+    assert (plateau.best, plateau.num_bad_epochs) == (float("inf"), 0)
+    assert plateau.get_last_lr() == plateau._last_lr

@@ -171,7 +171,8 @@ def test_a_metric_of_training_works_as_monitor(validation, tmp_path):
 def test_validate_between_two_fits_is_no_validation_of_the_run(tmp_path):
     tip = Switch(sgd, patience=3)
     trainer, module = build(tip, folder=tmp_path, module=Scripted(), max_epochs=2)
-    trainer.fit(module, datamodule=PlainData())
+    with pytest.warns(UserWarning, match="There will be no switch"):
+        trainer.fit(module, datamodule=PlainData())
     trainer.validate(module, datamodule=PlainData(), verbose=False)
     trainer.fit_loop.max_epochs = 6
     trainer.fit(module, datamodule=PlainData())
@@ -480,3 +481,28 @@ def test_stochastic_weight_averaging_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"cannot work together.*EMAWeightAveraging"):
         fit(Switch(sgd, trigger="epoch", at=1), StochasticWeightAveraging(1e-2), trace, folder=tmp_path)
     assert trace.steps == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        ({"trigger": "epoch", "at": 1, "patience": 5, "mode": "max"}, "mode, patience"),
+        ({"trigger": "step", "at": 1, "min_epochs": 2}, "min_epochs"),
+        ({"trigger": "swats", "patience": 5}, "patience"),
+        ({"trigger": "plateau", "tolerance": 0.2}, "tolerance"),
+    ],
+)
+def test_arguments_that_the_trigger_does_not_look_at_are_named(arguments, unread):
+    with pytest.warns(UserWarning, match=f"does not look at {unread}\\."):
+        Switch(sgd, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"patience": 5}, {"patience": 1, "cooldown": 4}, {"min_epochs": 6}])
+def test_a_plateau_that_cannot_come_in_time_is_announced(arguments, tmp_path):
+    with pytest.warns(UserWarning, match="There will be no switch: .* the run ends after 6"):
+        fit(Switch(sgd, **arguments), folder=tmp_path)
+
+
+def test_switches_to_one_target_on_two_metrics_are_two(tmp_path):
+    tips = [Switch(sgd, monitor=metric, patience=1, mode="max") for metric in ("val_loss", "val_acc")]
+    assert len({tip.state_key for tip in tips}) == 2

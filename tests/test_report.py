@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
@@ -175,3 +176,20 @@ def test_the_report_of_a_resumed_run_shows_all_of_it(epoch, tmp_path):
     assert_same([row["train_loss"] for row in resumed[epoch + 1 :]], [row["train_loss"] for row in whole[epoch + 1 :]])
     events = [(tmp_path / folder / "tips" / "events.json").read_text() for folder in ("whole", "resumed")]
     assert events[0] == events[1]
+
+
+def test_runs_without_a_folder_of_their_own_do_not_overwrite_each_other(tmp_path):
+    for name in ("tips", "tips-v1"):
+        trainer = fit(RunReportCallback(), switch(at=1), folder=tmp_path)
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["events.json", "metrics.csv", "run.png"]
+    trainer.fit_loop.max_epochs = 7
+    trainer.fit(trainer.lightning_module, datamodule=PlainData())  # the same run goes on
+    assert not (tmp_path / "tips-v2").exists()
+
+
+def test_two_wandb_runs_have_a_folder_each(tmp_path):
+    for _ in range(2):
+        logger = WandbLogger(save_dir=tmp_path, offline=True, project="shared")
+        fit(RunReportCallback(), switch(at=1), folder=tmp_path, logger=logger)
+        wandb.finish()
+    assert len(list(tmp_path.glob("shared/*/tips/run.png"))) == 2

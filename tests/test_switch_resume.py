@@ -185,7 +185,7 @@ def test_weights_only_checkpoint_starts_a_new_run(tmp_path):
 def test_a_checkpoint_of_another_switch_is_refused(other, tmp_path):
     fit(Switch(sgd, trigger="epoch", at=1), every_epoch(tmp_path), folder=tmp_path, max_epochs=2)
     tip = Switch(**{"optimizer": sgd, "trigger": "epoch", "at": 1} | other)
-    with pytest.raises(MisconfigurationException, match=r"holds another optimizer than Adam.*(?s:.)*momentum"):
+    with pytest.raises(MisconfigurationException, match=r"was written after the switch of .*arguments"):
         fit(tip, folder=tmp_path, ckpt_path=tmp_path / "epoch-epoch=1.ckpt", max_epochs=4)
 
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_optimizer_of_the_module_is_refused(tmp_path):
 )
 def test_a_damaged_state_is_named(damage, tmp_path):
     make = lambda: Switch(sgd, patience=2)  # noqa: E731
-    fit(make(), every_epoch(tmp_path), folder=tmp_path, max_epochs=1)
+    fit(make(), every_epoch(tmp_path), folder=tmp_path, max_epochs=4)
     checkpoint = torch.load(tmp_path / "epoch-epoch=0.ckpt", weights_only=True)
     damage(checkpoint["callbacks"][make().state_key])
     torch.save(checkpoint, tmp_path / "damaged.ckpt")

@@ -70,7 +70,7 @@ def test_boring_model_resumes_exactly(at: int, random_data, tmp_path: Path) -> N
 
 
 def test_boring_model_logs_nothing_so_a_metric_trigger_says_so(random_data, tmp_path: Path) -> None:
-    trainer, module = build(to_adam(trigger="plateau"), folder=tmp_path, max_epochs=EPOCHS, module=BoringModel())
+    trainer, module = build(to_adam(trigger="plateau"), folder=tmp_path, max_epochs=9, module=BoringModel())
     with pytest.raises(MisconfigurationException, match="waits for 'val_loss', which nobody logs"):
         trainer.fit(module, **random_data)
     assert trainer.global_step == STEPS_A_EPOCH

@@ -6,7 +6,8 @@
 All but the folder are JSON. TIPS is a list of ``[row of the settings table, changed arguments]``. ARGUMENTS go to the
 Trainer, but for:
 
-* ``module``: name of a module in `harness.py`; ``callbacks``: names of callbacks there
+* ``module``: name of a module in `harness.py`, instead of the one that the rows ask for
+* ``callbacks``: names of callbacks there
 * ``strategy``: a name, or ``{"class": "DDPStrategy", ...}`` with the class's arguments
 * ``keep``: ``"step"`` or ``"epoch"``, how often to write a checkpoint
 
@@ -44,10 +45,11 @@ def run(
     from lightning_tips.core import find_tips, parameter_hash
 
     import harness
-    from settings import SETTINGS
+    from settings import SETTINGS, make
 
     arguments = dict(arguments)
-    callbacks = [SETTINGS[row].make(**changes) for row, changes in tips]
+    parts, _ = make(*((SETTINGS[row], changes) for row, changes in tips))
+    callbacks: list[Any] = [part for part in parts if isinstance(part, harness.Callback)]
     callbacks += [getattr(harness, name)() for name in arguments.pop("callbacks", [])]
     keep = {"step": harness.every_step, "epoch": harness.every_epoch}.get(arguments.pop("keep", ""))
     if keep is not None:
@@ -56,17 +58,20 @@ def run(
         options = {key: value for key, value in strategy.items() if key != "class"}
         arguments["strategy"] = getattr(lightning.pytorch.strategies, strategy["class"])(**options)
     harness.seed_everything(0, verbose=False)
-    module = getattr(harness, arguments.pop("module", "PlainModule"))()
+    module = next(part for part in parts if isinstance(part, harness.LightningModule))
+    if "module" in arguments:
+        module = getattr(harness, arguments.pop("module"))()
+    data = harness.data_in(*parts)
 
     trainer, _ = harness.build(*callbacks, folder=folder, module=module, **arguments)
     error = ""
     try:
-        trainer.fit(module, datamodule=harness.PlainData(), ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         if more:
             trainer.fit_loop.max_epochs += more
-            trainer.fit(module, datamodule=harness.PlainData())
+            trainer.fit(module, datamodule=data)
         if validate is not None:
-            trainer.validate(module, datamodule=harness.PlainData(), ckpt_path=validate, verbose=False)
+            trainer.validate(module, datamodule=data, ckpt_path=validate, verbose=False)
     except Exception as raised:
         if not raises:
             raise

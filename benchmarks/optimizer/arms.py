@@ -4,7 +4,10 @@
 
 The arms: Adam; SGD; Adam then SGD with a given rate; with the SWATS rate (``lr="auto"``); with the default plateau
 trigger; and the control, Adam with its rate divided by ten at the epoch of the switch. The control tells what of the
-gain is the switch and what the drop of the learning rate. Every arm divides its rate by ten at epoch 9 of 12.
+gain is the switch and what the drop of the learning rate. Every arm divides its rate by ten after three quarters of
+its 12 epochs. A longer schedule with the same four epochs of Adam, in ``arms_24_epochs.csv``:
+
+    python benchmarks/optimizer/arms.py --epochs 24 --arms adam sgd adam_then_sgd --out .../arms_24_epochs.csv
 
 Each finished run is appended to ``arms.csv`` and skipped the next time, so the study can be interrupted; two processes
 with other ``--arms`` and OMP_NUM_THREADS=1 share the work. Under an hour on two cores. Test accuracy is that of the
@@ -31,7 +34,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier
 
-SWITCH, DECAY, EPOCHS = 4, 9, 12
+SWITCH, EPOCHS = 4, 12
 COLUMNS = ["arm", "seed", "images", "batch", "test_acc", "val_acc", "switch_epoch", "lr", "swats_lr"]
 COLUMNS += ["cpu_seconds", "epochs", "machine"]
 
@@ -40,19 +43,25 @@ def sgd(params: Any) -> SGD:
     return SGD(params, lr=0.1, momentum=0.9)
 
 
-# Arm: optimizer of the module, epochs at which its rate falls, arguments of the switch.
+def adam(params: Any) -> Adam:
+    return Adam(params, lr=1e-3)
+
+
+# Arm: optimizer of the module, further epochs at which its rate falls, arguments of the switch.
 ARMS: dict[str, tuple[Any, list[int], dict[str, Any] | None]] = {
-    "adam": (lambda p: Adam(p, lr=1e-3), [DECAY], None),
-    "sgd": (sgd, [DECAY], None),
-    "adam_then_sgd": (lambda p: Adam(p, lr=1e-3), [DECAY], {"trigger": "epoch", "at": SWITCH}),
-    "adam_then_sgd_auto_lr": (lambda p: Adam(p, lr=1e-3), [DECAY], {"trigger": "epoch", "at": SWITCH, "lr": "auto"}),
-    "control_adam_decay": (lambda p: Adam(p, lr=1e-3), [SWITCH, DECAY], None),
-    "adam_then_sgd_plateau": (lambda p: Adam(p, lr=1e-3), [DECAY], {"trigger": "plateau"}),
+    "adam": (adam, [], None),
+    "sgd": (sgd, [], None),
+    "adam_then_sgd": (adam, [], {"trigger": "epoch", "at": SWITCH}),
+    "adam_then_sgd_auto_lr": (adam, [], {"trigger": "epoch", "at": SWITCH, "lr": "auto"}),
+    "control_adam_decay": (adam, [SWITCH], None),
+    "adam_then_sgd_plateau": (adam, [], {"trigger": "plateau"}),
+    "adam_then_sgd_swats": (adam, [], {"trigger": "swats", "lr": "auto"}),
 }
 
 
 def run(arm: str, seed: int, data: LightningDataModule, epochs: int) -> dict[str, Any]:
     optimizer, milestones, switching = ARMS[arm]
+    milestones = [*milestones, epochs * 3 // 4]
     seed_everything(seed, verbose=False)
     module = ImageClassifier(
         "resnet8", in_channels=1, optimizer=optimizer, lr_scheduler=lambda o: MultiStepLR(o, milestones, gamma=0.1)

@@ -3,14 +3,15 @@
 from lightning_tips.core.batch import inputs_of, split_batch, targets_of
 from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
 from lightning_tips.core.events import Event, EventValue
-from lightning_tips.core.loggers import log_numbers, log_picture, log_rows
+from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.messages import did_you_mean, say
+from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.monitor import Monitor
 from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
 from lightning_tips.core.report import RunReportCallback
 from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
-from lightning_tips.core.tip import ActsOn, Tip, TipCallback, callbacks_of, find_tips
+from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
 
 __all__ = [
     "ActsOn",
@@ -18,8 +19,8 @@ __all__ = [
     "EventValue",
     "Monitor",
     "RunReportCallback",
-    "Tip",
     "TipCallback",
+    "TipMixin",
     "WeightDecay",
     "agree",
     "before_checkpoint_load",
@@ -36,6 +37,7 @@ __all__ = [
     "note_full_rates",
     "parameter_hash",
     "rebuild_optimizer",
+    "report_folder",
     "require_strategy",
     "say",
     "split_batch",

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_tips.core.lightning_private import logging_step
+
+_folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
+
+
+def report_folder(trainer: pl.Trainer) -> Path:
+    """Where tips leave their files: ``tips`` in the folder of the first logger's run.
+
+    Without a logger it is the first free one of ``tips``, ``tips-v1``, ``tips-v2`` ... in ``default_root_dir``: one for
+    each Trainer, so that no run overwrites another's. To be called on rank 0; makes the folder.
+    """
+    if trainer not in _folders:
+        _folders[trainer] = _make_folder(trainer)
+    return _folders[trainer]
+
+
+def _make_folder(trainer: pl.Trainer) -> Path:
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        own = getattr(logger, "log_dir", None)  # CSV, TensorBoard; the others have it as ModelCheckpoint does
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(own or Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version), "tips")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+    for number in count():
+        folder = Path(trainer.default_root_dir, f"tips-v{number}" if number else "tips")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError  # count() does not end
 
 
 def log_numbers(trainer: pl.Trainer, numbers: dict[str, float]) -> None:

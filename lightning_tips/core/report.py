@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_tips.core.loggers import log_picture, log_rows
+from lightning_tips.core.loggers import log_picture, log_rows, report_folder
 from lightning_tips.core.messages import say
 from lightning_tips.core.plot import plot_run
 from lightning_tips.core.tip import find_tips
@@ -18,9 +17,10 @@ from lightning_tips.core.tip import find_tips
 class RunReportCallback(pl.Callback):
     """Keeps the run's metrics and leaves a plot with the tips' events marked on it, for any module and logger.
 
-    At the end of fit, also of one that was interrupted, the folder ``tips`` in ``trainer.log_dir`` holds ``run.png``,
+    At the end of fit, also of one that was interrupted, the folder ``tips`` in the logger's folder holds ``run.png``,
     ``metrics.csv`` (one row for each validation or epoch) and ``events.json``; W&B and TensorBoard get the plot, W&B
-    the events as a table. The history is kept in checkpoints, so that a resumed run's plot shows all of it.
+    the events as a table. Without a logger it is the first free one of ``tips``, ``tips-v1``, ``tips-v2`` ... in
+    ``default_root_dir``. The history is kept in checkpoints, so that a resumed run's plot shows all of it.
 
     Args:
         metrics: Names of the metrics to draw. By default every epoch-level loss in one panel, every other metric with
@@ -33,17 +33,12 @@ class RunReportCallback(pl.Callback):
         self.plot = plot
         self._rows: list[dict[str, float]] = []
         self._stage = "fit"
-        self._folder: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts a new history when a new run starts."""
         self._stage = stage
         if stage == "fit" and trainer.global_step == 0:
             self._rows = []
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Asks for the folder, which asks the other ranks: after an interrupt they could not answer."""
-        self._folder = trainer.log_dir
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the metrics."""
@@ -73,10 +68,9 @@ class RunReportCallback(pl.Callback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero or self._folder is None or getattr(trainer, "fast_dev_run", False):
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        target = Path(self._folder) / "tips"
-        target.mkdir(parents=True, exist_ok=True)
+        target = report_folder(trainer)
         events = sorted((e for tip in find_tips(trainer) for e in tip.events), key=lambda e: e.step)
         (target / "events.json").write_text(json.dumps([e.to_dict() for e in events], indent=2) + "\n")
         columns = list(dict.fromkeys(key for row in self._rows for key in row))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import Self
 
 from lightning_tips.core.distributed import check_ranks_agree, debugging
 from lightning_tips.core.events import Event, EventValue
@@ -29,10 +30,14 @@ class ActsOn(IntEnum):
     DATA = 50
 
 
-class Tip:
-    """What all tips share, whichever Lightning object they are mixed into: callback, DataModule or module.
+class TipCallback(pl.Callback):
+    """The base of every tip.
 
-    Subclasses set :attr:`tip` and :attr:`acts_on` and call :meth:`record` for each thing they do.
+    It puts the tips of the trainer in order, refuses combinations that cannot work, starts afresh when a new run
+    begins, keeps its events in checkpoints, and shows one table for all tips at fit start and one at fit end.
+
+    Subclasses set :attr:`tip` and :attr:`acts_on`, act in :meth:`prepare` and :meth:`start_epoch`, which are called in
+    the tips' order, call :meth:`record` for each thing they do, and ``super()`` in every hook that is used here.
     """
 
     tip: ClassVar[str]
@@ -40,14 +45,22 @@ class Tip:
     acts_on: ClassVar[ActsOn]
     """Decides the order among tips."""
 
-    _events: list[Event]
+    events: list[Event]
+    """What this tip did in the current run, oldest first. A resumed run knows what happened before it."""
+    brought_by: object = None
+    """The DataModule that this tip came with; see :class:`~lightning_tips.core.mixin.TipMixin`."""
 
-    @property
-    def events(self) -> list[Event]:
-        """What this tip did in the current run, oldest first. A resumed run knows what happened before it."""
-        if not hasattr(self, "_events"):  # a mixin's __init__ is not always called
-            self._events = []
-        return self._events
+    _started_epoch = -1
+    _stage = "fit"
+    _prepared = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Gives each tip its list of events, whatever its ``__init__`` does."""
+        self = super().__new__(cls)
+        self.events = []
+        return self
+
+    # ---- what a subclass says and does
 
     def describe(self) -> str:
         """One line for the table at fit start: what this tip will do, with its parameters."""
@@ -60,6 +73,16 @@ class Tip:
     def conflict_with(self, other: object) -> str | None:
         """Says why this tip cannot work beside ``other`` (a callback, DataModule or module), or ``None``."""
         return None
+
+    def reset(self) -> None:
+        """Forgets the last run. Called when a run starts at step 0, before a checkpoint is loaded."""
+        self.events.clear()
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The start of every fit, before optimizers are made and a checkpoint is loaded: the time for checks."""
+
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where a tip acts: before the first batch of every training epoch, once, after the last one's validation."""
 
     def record(self, trainer: pl.Trainer, what: str, **details: EventValue) -> Event:
         """Records an event: remembered in checkpoints, printed on rank 0, logged to every logger.
@@ -86,33 +109,26 @@ class Tip:
             check_ranks_agree(trainer, trainer.lightning_module, after=str(event))
         return event
 
-
-class TipCallback(Tip, pl.Callback):
-    """A tip that is a Lightning callback.
-
-    It puts the tips of the trainer in order at ``setup``, refuses combinations that cannot work, starts afresh when a
-    new run begins, keeps its events in checkpoints, and shows one table for all tips at fit start and one at fit end.
-    Subclasses that override a hook used here call ``super()``.
-    """
-
-    _started_epoch = -1
-    _stage = "fit"
-
-    def reset(self) -> None:
-        """Forgets the last run. Called when a run starts at step 0, before a checkpoint is loaded."""
-        self.events.clear()
-
-    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Where a tip acts: before the first batch of every training epoch, once, after the last one's validation."""
+    # ---- Lightning's hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Puts the tips in order and checks that they go together."""
+        """Prepares all tips, in their order; Lightning calls this in the order in which they were given."""
         self._stage = stage
-        if stage == "fit":
-            self._started_epoch = -1
-            if trainer.global_step == 0:
-                self.reset()
-            arrange_tips(trainer)
+        if stage != "fit" or self.brought_by not in (None, getattr(trainer, "datamodule", None)):
+            return
+        if not self._prepared:  # the first one to be called prepares all
+            tips = arrange_tips(trainer)
+            for tip in tips:
+                tip._stage, tip._prepared, tip._started_epoch = stage, True, -1
+                if trainer.global_step == 0:
+                    tip.reset()
+            for tip in tips:
+                tip.prepare(trainer, pl_module)
+        self._prepared = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The next fit prepares anew."""
+        self._prepared = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the epoch."""
@@ -132,14 +148,15 @@ class TipCallback(Tip, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all will do."""
-        if find_tips(trainer)[0] is self:
-            plans = [(type(tip).__name__, tip.describe()) for tip in find_tips(trainer)]
-            say(trainer, plan_table(plans, pl_module))
+        tips = find_tips(trainer)
+        if tips[0] is self:
+            say(trainer, plan_table([(type(tip).__name__, tip.describe()) for tip in tips], pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all did."""
-        if find_tips(trainer)[0] is self:
-            say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in find_tips(trainer)]))
+        tips = find_tips(trainer)
+        if tips[0] is self:
+            say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in tips]))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint. Subclasses add their own keys to it."""
@@ -157,7 +174,7 @@ class TipCallback(Tip, pl.Callback):
         if self._stage != "fit":
             return
         try:
-            self._events = [Event.from_dict(event) for event in state_dict["events"]]
+            self.events = [Event.from_dict(event) for event in state_dict["events"]]
             self.restore(state_dict)
         except (KeyError, TypeError, ValueError) as error:
             raise MisconfigurationException(
@@ -175,32 +192,36 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def find_tips(trainer: pl.Trainer) -> list[Tip]:
-    """The trainer's tips in the order in which they act: callbacks, then DataModule and module when they are tips."""
-    objects: list[object] = [*callbacks_of(trainer), getattr(trainer, "datamodule", None), trainer.lightning_module]
-    return [o for o in objects if isinstance(o, Tip)]
+def find_tips(trainer: pl.Trainer) -> list[TipCallback]:
+    """The trainer's tips; from the start of a fit on, in the order in which they act."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, TipCallback)]
 
 
-def arrange_tips(trainer: pl.Trainer) -> None:
+def arrange_tips(trainer: pl.Trainer) -> list[TipCallback]:
     """Sorts the trainer's tips by :class:`ActsOn` and refuses combinations that cannot work.
 
     Only tips change places, among each other; equal ones keep the order in which they were given. May be called
     again and again.
 
+    Returns:
+        The tips in their order.
+
     Raises:
         MisconfigurationException: If two of them cannot work together.
     """
-    callbacks = callbacks_of(trainer)
+    datamodule = getattr(trainer, "datamodule", None)
+    callbacks = [c for c in callbacks_of(trainer) if getattr(c, "brought_by", None) in (None, datamodule)]
     ordered = iter(sorted((c for c in callbacks if isinstance(c, TipCallback)), key=lambda tip: tip.acts_on))
     # A new list, because Lightning is walking through the old one while it calls `setup`.
     trainer.callbacks = [  # type: ignore[attr-defined]
         next(ordered) if isinstance(c, TipCallback) else c for c in callbacks
     ]
 
-    others = [*callbacks_of(trainer), getattr(trainer, "datamodule", None), trainer.lightning_module]
-    for tip in find_tips(trainer):
-        for other in others:
+    tips = find_tips(trainer)
+    for tip in tips:
+        for other in [*callbacks_of(trainer), datamodule, trainer.lightning_module]:
             if other is not tip and (reason := tip.conflict_with(other)):
                 raise MisconfigurationException(
                     f"{type(tip).__name__} and {type(other).__name__} cannot work together: {reason}"
                 )
+    return tips

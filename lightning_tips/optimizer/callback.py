@@ -125,6 +125,8 @@ class OptimizerSwitchCallback(TipCallback):
             optimizer_index=optimizer_index,
             min_epochs=min_epochs,
         )
+        metric_arguments = (mode, patience, min_delta, noise_margin, cooldown, smoothing)
+        checks.warn_of_unread(OptimizerSwitchCallback, trigger, metric_arguments, min_epochs, tolerance)
         self._target = target_name(optimizer)  # for the key in checkpoints
         self._guard: RemovableHandle | None = None  # on the replaced optimizer
 
@@ -165,7 +167,10 @@ class OptimizerSwitchCallback(TipCallback):
     @property
     def state_key(self) -> str:
         """Tells the switches of a chain apart in a checkpoint."""
-        told = {"trigger": self.trigger, "at": self.at, "lr": self.lr, "optimizer_index": self.optimizer_index}
+        told: dict[str, Any] = {"trigger": self.trigger, "at": self.at, "lr": self.lr}
+        told["optimizer_index"] = self.optimizer_index
+        if self._stall is not None:
+            told["monitor"] = self.monitor
         return f"{type(self).__qualname__}{told | {'optimizer': self._target}}"
 
     def reset(self) -> None:
@@ -221,11 +226,8 @@ class OptimizerSwitchCallback(TipCallback):
             )
         return None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what can be known before anything is built."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
         require_strategy(trainer, self)
         self._checkpoint_options = None
         self._release()
@@ -236,14 +238,16 @@ class OptimizerSwitchCallback(TipCallback):
         ]
         self.previous = chain[: chain.index(self)]
         checks.check_chain(self.trigger, self.at, ((earlier.trigger, earlier.at) for earlier in self.previous))
-        checks.warn_if_never(trainer, self.trigger, self.at, self.monitor, self.patience)
+        checks.warn_if_never(trainer, self.trigger, self.at, self.monitor, self._stall)
         if trainer.strategy.restore_checkpoint_after_setup:
             before_checkpoint_load(trainer.strategy, self.state_key, partial(self._rebuild_for, trainer))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes which options the checkpoint's optimizer has."""
+        """Checks that the checkpoint's switches are known here, and notes which options its optimizer has."""
+        switches = (tip for tip in callbacks_of(trainer) if isinstance(tip, OptimizerSwitchCallback))
+        checks.check_known(checkpoint, {tip.state_key for tip in switches})
         self._checkpoint_options = checks.group_options(checkpoint, self.optimizer_index)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -376,6 +380,7 @@ class OptimizerSwitchCallback(TipCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the module's optimizers."""
+        super().on_exception(trainer, pl_module, exception)
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,10 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tips.core import callbacks_of, did_you_mean
 from lightning_tips.optimizer.switch import Switch, is_sgd
+from lightning_tips.optimizer.triggers import MetricTrigger
 
 TRIGGERS = ("plateau", "fluctuation", "swats", "epoch", "step")
 # Options that tell one family of optimizers from another, whatever else a torch version adds.
 _TELLING_OPTIONS = {"momentum", "dampening", "betas", "alpha", "rho"}
+METRIC_ARGUMENTS = ("mode", "patience", "min_delta", "noise_margin", "cooldown", "smoothing")
 WEIGHT_DECAYS = ("map", "keep", "optimizer")
 INTERVALS = ("epoch", "step")
 
@@ -80,19 +83,65 @@ def check_chain(trigger: str, at: int | None, earlier: Iterable[tuple[str, int |
             )
 
 
-def warn_if_never(trainer: pl.Trainer, trigger: str, at: int | None, monitor: str, patience: int) -> None:
+def warn_if_never(trainer: pl.Trainer, trigger: str, at: int | None, monitor: str, stall: MetricTrigger | None) -> None:
     """Warns of a switch that the run will end before."""
     end = {"epoch": trainer.max_epochs, "step": trainer.max_steps}.get(trigger)
     if at is not None and end is not None and 0 <= end <= at:
         rank_zero_warn(f"There will be no switch: it is set for {trigger} {at}, and the run ends at {trigger} {end}.")
-    if trigger in ("plateau", "fluctuation"):
-        early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == monitor)
-        for stopping in early:
-            if stopping.patience <= patience:
-                rank_zero_warn(
-                    f"EarlyStopping on {stopping.monitor} with patience {stopping.patience} ends the run before the"
-                    f" switch, which has patience {patience}. Give EarlyStopping several times that."
-                )
+    if stall is None:
+        return
+    # With several validations an epoch, or a limit of steps, nobody knows their number.
+    epochs = trainer.max_epochs or -1
+    if epochs > 0 and trainer.check_val_every_n_epoch and trainer.val_check_interval == 1.0:
+        first = max((stall.cooldown + stall.patience + 1) * trainer.check_val_every_n_epoch, stall.min_epochs)
+        if first >= epochs:
+            rank_zero_warn(
+                f"There will be no switch: cooldown {stall.cooldown}, patience {stall.patience} and min_epochs"
+                f" {stall.min_epochs} put it after epoch {first} at the earliest, and the run ends after"
+                f" {epochs}. Train for longer, or choose trigger='epoch'."
+            )
+    early = (c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.monitor == monitor)
+    for stopping in early:
+        if stopping.patience <= stall.patience:
+            rank_zero_warn(
+                f"EarlyStopping on {stopping.monitor} with patience {stopping.patience} ends the run before the"
+                f" switch, which has patience {stall.patience}. Give EarlyStopping several times that."
+            )
+
+
+def warn_of_unread(callback: type, trigger: str, metric: Sequence[Any], min_epochs: int, tolerance: float) -> None:
+    """Warns of arguments that differ from their defaults and that the trigger does not look at.
+
+    Args:
+        callback: The class, for the defaults.
+        trigger: The trigger.
+        metric: What the callback was given for each of ``METRIC_ARGUMENTS``.
+        min_epochs: What it was given for that.
+        tolerance: Likewise.
+    """
+    given = dict(zip(METRIC_ARGUMENTS, metric, strict=True)) | {"min_epochs": min_epochs, "tolerance": tolerance}
+    read = {"plateau": METRIC_ARGUMENTS, "fluctuation": METRIC_ARGUMENTS, "swats": ("tolerance",)}.get(trigger, ())
+    if trigger not in ("epoch", "step"):
+        read = (*read, "min_epochs")
+    defaults = inspect.signature(callback).parameters
+    if idle := [name for name, value in given.items() if name not in read and value != defaults[name].default]:
+        rank_zero_warn(f"{callback.__name__} with trigger={trigger!r} does not look at {', '.join(idle)}.")
+
+
+def check_known(checkpoint: dict[str, Any], keys: set[str]) -> None:
+    """Raises when a checkpoint was written after a switch that nobody here remembers.
+
+    Args:
+        checkpoint: What is resumed from.
+        keys: ``state_key`` of the switches of this trainer.
+    """
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith("OptimizerSwitchCallback{") and key not in keys and state.get("switched"):
+            raise MisconfigurationException(
+                f"The checkpoint was written after the switch of {key}, which is not among this trainer's callbacks:"
+                f" {sorted(keys)}. Resume with the arguments (trigger, at, monitor, lr, optimizer) that it was trained"
+                " with; to go on from its weights alone, load them into the module and call fit without ckpt_path."
+            )
 
 
 def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
