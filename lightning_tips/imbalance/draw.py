@@ -24,7 +24,6 @@ __all__ = ["CHUNK", "EpochOrder", "Pool", "build_pool", "epoch_quotas", "permute
 
 CHUNK = 65_536  # draws; its arrays fit into a core's cache, and the first index is there in milliseconds
 _BLOCK = 1 << 18  # labels that are sorted at a time: more would cost memory beside the index, not time
-_ROUNDS = 6  # of the Feistel network: with four, pairs of neighbours in a class of 100 still hang together
 _SORTED = 4096  # draws; up to here a chunk is shuffled by sorting random numbers, which knows no pattern at all
 _MAX_RUNS = 64  # of a class in an epoch
 
@@ -32,17 +31,29 @@ Array = NDArray[Any]
 
 
 class _Word(NamedTuple):
-    """Unsigned integers of one width with multipliers that mix them well (from MurmurHash3)."""
+    """Unsigned integers of one width, with odd numbers that mix them well (from MurmurHash3, xxHash and the like)."""
 
     kind: type[np.unsignedinteger[Any]]
     bits: int
-    first: int
-    second: int
-    golden: int  # odd and nearest to the golden ratio: consecutive multiples lie far apart
+    mixer: int
+    multipliers: tuple[int, ...]  # one for each round of the Feistel network, an even number of them
 
 
-_NARROW = _Word(np.uint32, 32, 0x85EBCA6B, 0xC2B2AE35, 0x9E3779B1)
-_WIDE = _Word(np.uint64, 64, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53, 0x9E3779B97F4A7C15)
+# Six rounds: with four, pairs of neighbours in a class of 100 still hang together.
+_NARROW = _Word(np.uint32, 32, 0x846CA68B, (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x7FEB352D))
+_WIDE = _Word(
+    np.uint64,
+    64,
+    0xFF51AFD7ED558CCD,
+    (
+        0x9E3779B97F4A7C15,
+        0xC2B2AE3D27D4EB4F,
+        0x165667B19E3779F9,
+        0xBF58476D1CE4E5B9,
+        0x94D049BB133111EB,
+        0xD6E8FEB86659FD93,
+    ),
+)
 
 
 def _word(largest: int) -> _Word:
@@ -71,19 +82,21 @@ def _feistel(x: Array, key: Array, a: Array, b: Array, inverse: Array) -> Array:
     # The quotient by way of floats: exact below 2 ** 50, and faster than dividing integers.
     left = ((x + 0.5) * inverse).astype(kind)
     right = x - left * b
-    for _ in range(_ROUNDS // 2):
-        for moved, fixed, radix in ((left, right, a), (right, left, b)):
-            key = key * kind(word.second)
-            key += kind(word.golden)
-            mixed = fixed + key
-            mixed *= kind(word.first)
-            mixed ^= mixed >> half
-            mixed *= kind(word.second)
-            mixed >>= half
-            mixed *= radix
-            mixed >>= half  # now spread over range(radix)
-            moved += mixed
-            np.minimum(moved, moved - radix, out=moved)  # modulo radix: what is below 0 has wrapped around to large
+    spare = np.empty_like(x)
+    for multiplier in word.multipliers:
+        # One addition and one multiplication bring in key and round; what follows stirs it.
+        mixed = right + key
+        mixed *= kind(multiplier)
+        np.right_shift(mixed, half, out=spare)
+        mixed ^= spare
+        mixed *= kind(word.mixer)
+        mixed >>= half
+        mixed *= a
+        mixed >>= half  # now spread over range(a)
+        left += mixed
+        np.subtract(left, a, out=spare)
+        np.minimum(left, spare, out=left)  # modulo a: what is below 0 has wrapped around to large
+        left, right, a, b = right, left, b, a
     left *= b
     left += right
     return left

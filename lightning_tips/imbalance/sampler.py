@@ -172,8 +172,12 @@ class ImbalancedSampler(DistributedSampler[Any]):
             stop: Position after the last; None: the end of the epoch.
         """
         stop = len(self) if stop is None else min(stop, len(self))
-        parts = list(self._parts(self.epoch if epoch is None else epoch, start, stop))
-        return np.concatenate(parts) if parts else np.empty(0, self._pool.index.dtype)
+        drawn = np.empty(max(stop - start, 0), self._pool.index.dtype)
+        at = 0
+        for part in self._parts(self.epoch if epoch is None else epoch, start, stop):
+            drawn[at : at + len(part)] = part
+            at += len(part)
+        return drawn
 
     def draws_per_class(self) -> Array:
         """How often each class is drawn in an epoch on average: (C,) float64."""
