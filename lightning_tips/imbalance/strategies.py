@@ -129,8 +129,7 @@ def raise_to_minimum(mix: Array, minimum: Array) -> Array:
 def _explicit_mix(counts: Array, strategy: Mapping[int, float] | Sequence[float]) -> Array:
     counts = np.asarray(counts, dtype=np.float64)
     if isinstance(strategy, Mapping):
-        # jsonargparse and json have strings for keys
-        given = {int(key): float(value) for key, value in strategy.items()}
+        given = {_class_id(key): float(value) for key, value in strategy.items()}
         if unknown := sorted(set(given) - set(range(len(counts)))):
             raise ValueError(
                 f"The target mix names classes {unknown}, but the labels only have 0 to {len(counts) - 1}: correct it."
@@ -153,6 +152,13 @@ def _explicit_mix(counts: Array, strategy: Mapping[int, float] | Sequence[float]
     if (shares > 0).sum() < 2:
         raise ValueError("The target mix has a weight above 0 for fewer than two classes: nothing could be learnt.")
     return shares / shares.sum()
+
+
+def _class_id(key: Any) -> int:
+    try:
+        return int(key)  # json and command lines have strings for keys
+    except ValueError:
+        raise ValueError(f"The target mix names a class {key!r}, but {key!r} is no class id: use integers.") from None
 
 
 def _some(classes: Sequence[int] | Array) -> str:
