@@ -355,6 +355,7 @@ class Kept(Plain):
         LABELS.tolist(),
         LABELS.astype(np.uint8),
         LABELS.astype(np.int16)[:, None],
+        LABELS.astype(np.uint64),
         torch.from_numpy(LABELS).int(),
         torch.from_numpy(LABELS).to(torch.uint8),
         [torch.tensor(int(label)) for label in LABELS],
@@ -442,6 +443,8 @@ class Stream(IterableDataset):
         (np.zeros((2, 2, 2), int), ValueError, "shape"),
         ([], ValueError, "no labels"),
         (np.array([1j, 2]), TypeError, "dtype complex128"),
+        ([0, 1, 10**12], ValueError, "class id 1000000000000 is too high"),
+        (object(), TypeError, "object is no dataset"),
     ],
 )
 def test_wrong_labels_say_what_to_do(labels, error, message) -> None:
@@ -518,12 +521,21 @@ def test_batches_go_on_where_they_were() -> None:
         ({"per_class_minimum": -1}, "0 or more"),
         ({"per_class_minimum": {9: 1}}, r"names classes \[9\]"),
         ({"per_class_minimum": [1, 1]}, "one for each of 4 classes"),
+        ({"per_class_minimum": [1, 1, 0, 1.5]}, "integer"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )
 def test_wrong_minima_say_so(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         ImbalancedBatchSampler(LABELS, **{"batch_size": 16} | arguments)
+
+
+def test_batches_leave_out_what_the_mix_leaves_out_and_undersample_without_repeats() -> None:
+    sampler = ImbalancedBatchSampler(LABELS, 8, 2, {0: 0, 1: 1, 2: 1, 3: 1}, num_samples=80)
+    assert 0 not in LABELS[sampler.indices(0)]
+    under = ImbalancedBatchSampler(LABELS, 16, 1, "undersample")
+    assert len(under) == 16
+    assert len(set(under)) == 16
 
 
 # ---- Lightning on two ranks

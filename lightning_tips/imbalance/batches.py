@@ -35,7 +35,8 @@ class ImbalancedBatchSampler(ImbalancedSampler):
         per_class_minimum: Samples of each class in every batch; one number for all or a number for each class, as a
             dict (those it does not name: 0) or a list.
         strategy: As for `ImbalancedSampler`; classes that would fall below the minimum are raised to it.
-        num_samples: Samples of an epoch over all ranks, rounded up to whole batches.
+        num_samples: Samples of an epoch over all ranks, rounded up to whole batches; None: what suits the strategy,
+            rounded down for ``"undersample"``.
         seed: As for `ImbalancedSampler`, like all that follow.
         num_replicas: Number of ranks.
         rank: This rank.
@@ -67,9 +68,11 @@ class ImbalancedBatchSampler(ImbalancedSampler):
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         super().__init__(labels, strategy, num_samples, seed, num_replicas, rank, drop_last, beta, threshold)
         self.batch_size = int(batch_size)
-        self.batches = -(-self.epoch_size // self.batch_size)
+        # An under-sampled epoch that were longer would repeat something.
+        shorter = strategy == "undersample" and num_samples is None
+        self.batches = max(1, self.epoch_size // self.batch_size if shorter else -(-self.epoch_size // self.batch_size))
         self.epoch_size = self.batches * self.batch_size
-        self.per_class_minimum = _minima(per_class_minimum, self._pool.counts)
+        self.per_class_minimum = _minima(per_class_minimum, self._pool.counts, self.mix)
         if (needed := int(self.per_class_minimum.sum())) > self.batch_size:
             raise ValueError(
                 f"The minima of all classes need {needed} samples, more than batch_size={self.batch_size}: lower"
@@ -117,7 +120,7 @@ class ImbalancedBatchSampler(ImbalancedSampler):
             yield order.draw((self.rank + mine * world) % self.batches, inside)
 
 
-def _minima(given: int | dict[int, int] | list[int], counts: NDArray[Any]) -> NDArray[np.int64]:
+def _minima(given: int | dict[int, int] | list[int], counts: NDArray[Any], mix: NDArray[Any]) -> NDArray[np.int64]:
     classes = len(counts)
     if isinstance(given, dict):
         if unknown := sorted(set(map(int, given)) - set(range(classes))):
@@ -125,9 +128,8 @@ def _minima(given: int | dict[int, int] | list[int], counts: NDArray[Any]) -> ND
         minima = np.zeros(classes, np.int64)
         minima[[int(c) for c in given]] = list(given.values())
     else:
-        minima = np.full(classes, given) if isinstance(given, int) else np.asarray(given)
-        if isinstance(given, int):
-            minima = np.where(counts > 0, minima, 0)
+        # One number for all means all that the mix does not leave out.
+        minima = np.where(mix > 0, given, 0) if isinstance(given, int) else np.asarray(given)
     if minima.shape != (classes,) or minima.dtype.kind not in "iu" or (minima < 0).any():
         raise ValueError(
             f"per_class_minimum={given} must be an integer of 0 or more, or one for each of {classes} classes."

@@ -152,12 +152,11 @@ def build_pool(labels: Array, num_classes: int) -> Pool:
         labels: (N,) integers in ``range(num_classes)``.
         num_classes: How many classes there are.
     """
+    small = np.min_scalar_type(max(num_classes - 1, 0))  # numpy sorts 8 and 16 bits in linear time
     counts = np.zeros(num_classes, np.int64)
     for at in range(0, len(labels), _BLOCK):
-        counts += np.bincount(labels[at : at + _BLOCK], minlength=num_classes)
+        counts += np.bincount(labels[at : at + _BLOCK].astype(small), minlength=num_classes)
     index = np.empty(len(labels), np.int32 if len(labels) <= np.iinfo(np.int32).max else np.int64)
-    # numpy sorts 8 and 16 bits in linear time
-    small = np.min_scalar_type(max(num_classes - 1, 0))
     ends = np.cumsum(counts) - counts
     for at in range(0, len(labels), _BLOCK):
         block = labels[at : at + _BLOCK].astype(small)
@@ -258,4 +257,7 @@ class EpochOrder:
         else:
             key = _random(self.seed, self.epoch, 4, chunk, 1).astype(np.uint32)
             shuffled = permute(np.arange(size, dtype=np.uint32)[part], key, np.array([size]))
-        return self.pool.index.take(where.take(shuffled))
+        if 2 * len(shuffled) < size:
+            return self.pool.index.take(where.take(shuffled))
+        # Class after class, so that small classes stay in the cache, although some of it may be for other ranks.
+        return self.pool.index.take(where).take(shuffled)

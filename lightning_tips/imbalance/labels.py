@@ -20,6 +20,8 @@ __all__ = ["as_labels", "bin_targets", "class_counts", "find_labels"]
 
 Array = NDArray[Any]
 
+_MOST_CLASSES = 10_000_000  # beyond this it is no class id but something else: a hash, a time, a measurement
+
 _seen: weakref.WeakKeyDictionary[Any, dict[str | None, Array]] = weakref.WeakKeyDictionary()
 
 
@@ -124,7 +126,9 @@ def class_counts(labels: Any) -> NDArray[np.int64]:
     array = as_labels(labels)
     if array.ndim == 2:
         return array.sum(0, dtype=np.int64)
-    counts = np.zeros(int(array.max()) + 1, np.int64)
+    if (highest := int(array.max())) >= _MOST_CLASSES:
+        raise ValueError(f"The class id {highest} is too high: number the classes from 0 without gaps.")
+    counts = np.zeros(highest + 1, np.int64)
     for at in range(0, len(array), 1 << 20):  # bincount makes a copy of 8 bytes a label
         counts += np.bincount(array[at : at + (1 << 20)].astype(np.int64), minlength=len(counts))
     return counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,8 @@ class ImbalancedSampler(DistributedSampler[Any]):
             raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
         self._num_replicas, self._rank = num_replicas, rank
         self.strategy, self.seed, self.drop_last, self.shuffle = strategy, int(seed), drop_last, True
-        found = find_labels(labels) if isinstance(labels, Dataset) else as_labels(labels)
+        given = not isinstance(labels, Dataset) and (isinstance(labels, Sequence) or hasattr(labels, "__array__"))
+        found = as_labels(labels) if given else find_labels(labels)
         self.counts: Array = class_counts(found)
         self._pool, self.mix = _pool_and_mix(found, self.counts, strategy, beta, threshold)
         self.epoch_size = num_samples or default_num_samples(self._pool.counts, self.mix, strategy)
