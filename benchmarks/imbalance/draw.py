@@ -106,7 +106,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
 
     result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}, numpy {np.__version__}"
+        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}, numpy {np.__version__}",
+        "median_of": chosen.times,
     }
     for size in [100_000] if chosen.smoke else [10_000_000, 100_000_000]:
         for name, shares in DATA.items():
