@@ -1,0 +1,243 @@
+"""A sampler for imbalanced classes whose order depends on (seed, epoch, position) and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightning_tips.imbalance.draw import EpochOrder, Pool, build_pool, epoch_quotas
+from lightning_tips.imbalance.labels import as_labels, class_counts, find_labels
+from lightning_tips.imbalance.strategies import (
+    Strategy,
+    check_counts,
+    default_num_samples,
+    repeat_factors,
+    target_mix,
+)
+
+__all__ = ["ImbalancedSampler"]
+
+Array = NDArray[Any]
+
+
+class ImbalancedSampler(DistributedSampler[Any]):
+    """Draws the samples of each class as often as a strategy says, the same on any number of ranks.
+
+    Each class is drawn its exact share of every epoch, and each sample of a class equally often but for one. Rank
+    ``r`` of ``W`` takes the positions ``r, r + W, r + 2W, ...`` of one global order, which no other random draw can
+    change. Because it is a ``DistributedSampler``, Lightning leaves it alone and calls ``set_epoch``.
+
+    Args:
+        labels: Class ids (N,), in any form; 0 and 1 (N, C) where a sample has several labels, which is then drawn by
+            its rarest label (a sample without any counts as a class of its own); or a dataset, see `find_labels`.
+        strategy: ``"oversample"`` (balanced, every sample at least once), ``"undersample"`` (balanced, no sample
+            twice, others in each epoch), ``"sqrt"``, ``"effective"``, ``"repeat_factor"``, or the target mix as a dict
+            or a list; see `target_mix`.
+        num_samples: Samples of an epoch over all ranks; None: what suits the strategy, see `default_num_samples`.
+        seed: At least 0, the same on all ranks.
+        num_replicas: Number of ranks; None: what torch.distributed says when the sampler is used.
+        rank: This rank; None: as above.
+        drop_last: Where the epoch does not divide by the number of ranks: leave out its end, rather than repeat its
+            beginning.
+        beta: Of ``"effective"``.
+        threshold: Of ``"repeat_factor"``.
+
+    Attributes:
+        epoch_size: Samples of an epoch over all ranks. (``num_samples`` is what one rank draws, as torch has it.)
+        counts: (C,) samples of each class; with several labels a sample, of each label.
+        mix: (C,) share of each class in an epoch; with several labels a sample, of each rarest label, and then of
+            those without any.
+
+    Raises:
+        TypeError: If the labels are no class ids.
+        ValueError: If an argument is out of its domain.
+
+    Example:
+        >>> sampler = ImbalancedSampler([0] * 6 + [1] * 2)
+        >>> len(sampler), sorted(sampler)
+        (12, [0, 1, 2, 3, 4, 5, 6, 6, 6, 7, 7, 7])
+    """
+
+    def __init__(
+        self,
+        labels: Any,
+        strategy: Strategy = "oversample",
+        num_samples: int | None = None,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        drop_last: bool = False,
+        beta: float = 0.999,
+        threshold: float | None = None,
+    ) -> None:
+        # DistributedSampler's own __init__ wants a dataset, and the process group before a DataModule can have it.
+        if isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed={seed} must be 0 or more.")
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1, or None for the strategy's own length.")
+        for name, value in (("num_replicas", num_replicas), ("rank", rank)):
+            if value is not None and value < (name == "num_replicas"):
+                raise ValueError(f"{name}={value} is too low.")
+        if num_replicas is not None and rank is not None and rank >= num_replicas:
+            raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
+        self._num_replicas, self._rank = num_replicas, rank
+        self.strategy, self.seed, self.drop_last, self.shuffle = strategy, int(seed), drop_last, True
+        given = not isinstance(labels, Dataset) and (isinstance(labels, Sequence) or hasattr(labels, "__array__"))
+        found = as_labels(labels) if given else find_labels(labels)
+        self.counts: Array = class_counts(found)
+        self._pool, self.mix = _pool_and_mix(found, self.counts, strategy, beta, threshold)
+        self.epoch_size = num_samples or default_num_samples(self._pool.counts, self.mix, strategy)
+        self.epoch = 0
+        self._start: tuple[int, int] | None = None
+        self._order: EpochOrder | None = None
+
+    # ---- ranks
+
+    @property
+    def num_replicas(self) -> int:
+        """The number of ranks."""
+        return self._num_replicas if self._num_replicas is not None else _world()[0]
+
+    @num_replicas.setter
+    def num_replicas(self, value: int | None) -> None:
+        self._num_replicas = value
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._rank if self._rank is not None else _world()[1]
+
+    @rank.setter
+    def rank(self, value: int | None) -> None:
+        self._rank = value
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """Samples that one rank draws in an epoch, the same number on each."""
+        world = self.num_replicas
+        return self.epoch_size // world if self.drop_last else -(-self.epoch_size // world)
+
+    @property
+    def total_size(self) -> int:  # type: ignore[override]
+        """Samples that all ranks draw in an epoch."""
+        return self.num_samples * self.num_replicas
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    # ---- where to begin
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration draws."""
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch} must be 0 or more.")
+        self.epoch = int(epoch)
+
+    def set_position(self, epoch: int, position: int) -> None:
+        """Lets the next iteration of ``epoch`` begin in its middle, to go on after a checkpoint.
+
+        Also chooses the epoch. The position is forgotten when the first index of the next iteration has been asked
+        for, whichever epoch that one draws. The length stays that of a whole epoch.
+
+        Args:
+            epoch: The epoch.
+            position: How many samples of it this rank has had; at most ``len(self)``.
+
+        Raises:
+            ValueError: If there is no such place.
+        """
+        if not 0 <= position <= len(self):
+            raise ValueError(f"position={position} must lie in an epoch of {len(self)} samples a rank.")
+        self.set_epoch(epoch)
+        self._start = (int(epoch), int(position))
+
+    # ---- the draw
+
+    def __iter__(self) -> Iterator[int]:
+        start, self._start = self._start, None
+        epoch = self.epoch
+        for part in self._parts(epoch, start[1] if start and start[0] == epoch else 0, len(self)):
+            yield from part.tolist()
+
+    def indices(self, epoch: int | None = None, start: int = 0, stop: int | None = None) -> Array:
+        """What this rank draws in an epoch, or in a part of it, as one array.
+
+        Args:
+            epoch: The epoch; None: the one that was set.
+            start: First position, counted on this rank.
+            stop: Position after the last; None: the end of the epoch.
+        """
+        stop = len(self) if stop is None else min(stop, len(self))
+        drawn = np.empty(max(stop - start, 0), self._pool.index.dtype)
+        at = 0
+        for part in self._parts(self.epoch if epoch is None else epoch, start, stop):
+            drawn[at : at + len(part)] = part
+            at += len(part)
+        return drawn
+
+    def draws_per_class(self) -> Array:
+        """How often each class is drawn in an epoch on average: (C,) float64."""
+        return self.mix * self.epoch_size
+
+    def _order_of(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order.epoch != epoch:
+            quotas = epoch_quotas(self.mix, self.epoch_size, self.seed, epoch)
+            self._order = EpochOrder(self._pool, quotas, self.seed, epoch)
+        return self._order
+
+    def _parts(self, epoch: int, start: int, stop: int) -> Iterator[Array]:
+        """What this rank draws at its positions from ``start`` to ``stop``, chunk by chunk."""
+        order, world = self._order_of(epoch), self.num_replicas
+        at, end = self.rank + start * world, self.rank + stop * world
+        while at < end:
+            place = at % self.epoch_size  # the end of an epoch that does not divide repeats its beginning
+            chunk = order.chunk_of(place)
+            first = place - int(order.bounds[chunk])
+            last = min(int(order.bounds[chunk + 1]) - int(order.bounds[chunk]), first + end - at)
+            part = order.draw(chunk, slice(first, last, world))
+            yield part
+            at += len(part) * world
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None}  # can be made again
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(strategy={self.strategy!r}, classes={len(self.counts)},"
+            f" epoch_size={self.epoch_size}, seed={self.seed})"
+        )
+
+
+def _world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0
+
+
+def _pool_and_mix(
+    labels: Array, counts: Array, strategy: Strategy, beta: float, threshold: float | None
+) -> tuple[Pool, Array]:
+    if labels.ndim == 1:
+        return build_pool(labels, len(counts)), target_mix(counts, strategy, beta, threshold)
+    check_counts(counts)
+    # The rarest first, so that argmax finds it; those without a label come last.
+    order = np.argsort(counts, kind="stable")
+    groups = np.where(labels.any(1), order[labels[:, order].argmax(1)], len(counts))
+    pool = build_pool(groups, len(counts) + int(groups.max() == len(counts)))
+    there = pool.counts > 0  # a label that always has a rarer one beside it is drawn with that one
+    mix = np.zeros(len(pool.counts))
+    if not isinstance(strategy, str):
+        shares = strategy if isinstance(strategy, dict) else dict(enumerate(strategy))
+        return pool, target_mix(pool.counts, shares)
+    if strategy == "repeat_factor":
+        # By how many samples show the label, not by how many have it as their rarest.
+        factors = np.append(repeat_factors(counts / len(labels), threshold), 1.0)[: len(mix)]
+        mix = pool.counts * factors
+        return pool, mix / mix.sum()
+    mix[there] = target_mix(pool.counts[there], strategy, beta, threshold)
+    return pool, mix
