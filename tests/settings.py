@@ -63,9 +63,11 @@ class Setting:
         """What a yaml says of the tip, its module and its data, by their short names."""
         config: dict[str, Any] = {
             "trainer": {"callbacks": []},
-            "model": {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}},
+            "model": {"class_path": f"harness.{self.module}"},
             "data": {"class_path": f"harness.{self.data}"},
         }
+        if self.module == Setting.module:  # any will do: ours
+            config["model"] = {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}}
         if self.kind is Callback:
             config["trainer"]["callbacks"].append({"class_path": self.name, "init_args": self.arguments})
         elif self.kind is LightningModule:
@@ -87,6 +89,7 @@ def make(*wanted: tuple[Setting, dict[str, Any]]) -> tuple[list[Any], list[Any]]
     """
     settings = [setting for setting, _ in wanted]
     arguments = [setting.arguments | changes for setting, changes in wanted]
+    harness.seed_everything(0, verbose=False)  # a module among them starts from the same weights in each process
     parts: list[Any] = []
     tips: dict[int, Any] = {}
     for i, setting in enumerate(settings):
@@ -97,6 +100,7 @@ def make(*wanted: tuple[Setting, dict[str, Any]]) -> tuple[list[Any], list[Any]]
     mixed = [i for i, setting in enumerate(settings) if setting.kind is LightningDataModule]
     if mixed:  # into one DataModule
         together = {key: value for i in mixed for key, value in arguments[i].items()}
+        assert len(together) == sum(len(arguments[i]) for i in mixed), "two mixins have an argument of one name"
         data = _instantiate(LightningDataModule, f"settings.{_mixed(*(settings[i] for i in mixed)).__name__}", together)
         tips |= zip(reversed(mixed), data.tips, strict=True)  # the last base class is the first to bring its own
         parts.append(data)
@@ -119,7 +123,8 @@ def _mixed(*settings: Setting) -> type:
     base = getattr(harness, _special(list(settings), "data"))
     name = base.__name__ + "With" + "And".join(setting.name for setting in settings)
     if name not in globals():
-        globals()[name] = type(name, (*(setting.tip for setting in settings), base), {"__module__": __name__})
+        own = {k: v for k, v in vars(base).items() if callable(v) and not k.startswith("__")}  # hide the mixins' own
+        globals()[name] = type(name, (*(setting.tip for setting in settings), base), own | {"__module__": __name__})
     return globals()[name]
 
 
@@ -137,7 +142,26 @@ def switched_to_sgd(trainer: Trainer, tip: Any) -> None:
     assert any("momentum_buffer" in state for state in trainer.optimizers[0].state.values())
 
 
+def drew_classes_alike(trainer: Trainer, tip: Any) -> None:
+    loader = trainer.train_dataloader
+    drawn = loader.dataset.tensors[1][list(loader.sampler)].bincount()
+    assert drawn.max() - drawn.min() <= 1
+    assert [event.what for event in tip.events] == ["oversample"]
+
+
 SETTINGS = [
+    Setting(
+        lightning_tips.ImbalancedSamplerCallback,
+        drew_classes_alike,
+        {"strategy": "oversample", "num_samples": 128},
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.ImbalancedSamplerMixin,
+        drew_classes_alike,
+        {"sampling": "oversample", "samples_per_epoch": 128},
+        data="LoaderData",
+    ),
     Setting(
         lightning_tips.OptimizerSwitchCallback,
         switched_to_sgd,

@@ -174,6 +174,22 @@ def test_mixin_takes_part_in_all_that_tips_do(tmp_path: Path, capsys) -> None:
     assert len(tip.events) == 2
 
 
+def test_mixin_leaves_with_its_data_also_when_it_is_the_only_tip(tmp_path: Path) -> None:
+    data = CountingData()
+    (tip,) = data.tips
+    trainer, module = build(data, folder=tmp_path, max_epochs=1)
+    for use in (trainer.validate, trainer.fit):
+        trainer.fit(module, datamodule=data)
+        assert tip in trainer.callbacks
+        use(module, datamodule=PlainData())
+        assert tip not in trainer.callbacks
+
+
+def test_a_tip_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="There are 2 CountingTip, and checkpoints cannot tell"):
+        fit(CountingData(), CountingTip("again"), folder=tmp_path)
+
+
 def test_mixin_comes_again_with_every_trainer(tmp_path: Path) -> None:
     data = CountingData()
     for _ in range(2):

@@ -3,6 +3,7 @@
 from lightning_tips.core.batch import inputs_of, split_batch, targets_of
 from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
 from lightning_tips.core.events import Event, EventValue
+from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable
 from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
@@ -11,6 +12,7 @@ from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimiz
 from lightning_tips.core.report import RunReportCallback
 from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
+from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "EventValue",
     "Monitor",
     "RunReportCallback",
+    "SeekableSampler",
     "TipCallback",
     "TipMixin",
     "WeightDecay",
@@ -37,8 +40,11 @@ __all__ = [
     "note_full_rates",
     "parameter_hash",
     "rebuild_optimizer",
+    "render_table",
+    "replace_train_loaders",
     "report_folder",
     "require_strategy",
+    "resumable",
     "say",
     "split_batch",
     "targets_of",

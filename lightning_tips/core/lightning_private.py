@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, Sampler
 
 SHARDED_METADATA = "meta.pt"
 """The file of a sharded checkpoint's folder that holds everything but the tensors (``_METADATA_FILENAME``)."""
@@ -18,3 +23,36 @@ def logging_step(trainer: pl.Trainer) -> int:
     earlier step, so an event has to use Lightning's own count.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def change_train_loaders(trainer: pl.Trainer, change: Callable[[Any], Any]) -> Callable[[], None]:
+    """Passes the training loaders through ``change`` whenever the Trainer asks for them, wherever they come from.
+
+    Args:
+        trainer: The trainer, from ``setup`` on.
+        change: Takes and returns loaders.
+
+    Returns:
+        A function that takes the change back.
+    """
+    source = trainer.fit_loop._data_source
+    before = source.dataloader
+    source.dataloader = lambda: change(before())  # type: ignore[method-assign]
+
+    def take_back() -> None:
+        source.dataloader = before  # type: ignore[method-assign]
+
+    return take_back
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+    """A loader of the same class, with the same arguments, that draws from ``sampler``."""
+    return _update_dataloader(loader, sampler)
+
+
+def epoch_of_samplers(trainer: pl.Trainer) -> int:
+    """The epoch that Lightning is about to give to ``set_epoch``.
+
+    While loaders are made on resume ``trainer.current_epoch`` still lags behind it.
+    """
+    return int(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]

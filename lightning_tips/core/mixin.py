@@ -17,7 +17,7 @@ class TipMixin:
     A method that a mixin overrides is hidden by the user's own (``class MyData(SomeMixin, LightningDataModule)`` with
     a ``train_dataloader``), and a DataModule has no hook for most of what a run goes through. So the work is done by a
     :class:`TipCallback`, which anybody can also give to the Trainer; a mixin only makes it and calls :meth:`bring` in
-    its ``__init__``.
+    its ``__init__``. Its arguments need names that no other mixin has: of two equal ones only the first is reached.
 
     Example:
         >>> from lightning.pytorch import LightningDataModule
@@ -58,7 +58,7 @@ class TipMixin:
         self.__dict__["_trainer"] = trainer
         if trainer is None:
             return
-        if not getattr(self, "_tips", None):
+        if not hasattr(self, "_tips"):
             raise MisconfigurationException(
                 f"{type(self).__name__} is a tip that was not set up: call super().__init__() in its __init__."
             )

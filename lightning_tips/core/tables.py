@@ -55,6 +55,16 @@ def event_table(done: Sequence[tuple[str, Sequence[Event], str]]) -> str:
     return f"What the tips did\n{_render(table)}"
 
 
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: the first column to the left, numbers in the others to the right."""
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return _render(table)
+
+
 def _render(table: Table) -> str:
     # Rendered to a string, so that one print brings it past any progress bar, on one rank.
     console = Console(file=io.StringIO(), width=max(80, min(Console().width, 140)))

@@ -37,7 +37,8 @@ class TipCallback(pl.Callback):
     begins, keeps its events in checkpoints, and shows one table for all tips at fit start and one at fit end.
 
     Subclasses set :attr:`tip` and :attr:`acts_on`, act in :meth:`prepare` and :meth:`start_epoch`, which are called in
-    the tips' order, call :meth:`record` for each thing they do, and ``super()`` in every hook that is used here.
+    the tips' order, call :meth:`record` for each thing they do, and ``super()`` in every hook that is used here. One
+    that may be given twice overrides ``state_key``, by which checkpoints tell the two apart.
     """
 
     tip: ClassVar[str]
@@ -48,7 +49,8 @@ class TipCallback(pl.Callback):
     events: list[Event]
     """What this tip did in the current run, oldest first. A resumed run knows what happened before it."""
     brought_by: object = None
-    """The DataModule that this tip came with; see :class:`~lightning_tips.core.mixin.TipMixin`."""
+    """The DataModule that this tip came with (see :class:`~lightning_tips.core.mixin.TipMixin`), or the module, which
+    returns it from ``configure_callbacks``. With another DataModule or module it leaves the Trainer."""
 
     _started_epoch = -1
     _stage = "fit"
@@ -114,7 +116,10 @@ class TipCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares all tips, in their order; Lightning calls this in the order in which they were given."""
         self._stage = stage
-        if stage != "fit" or self.brought_by not in (None, getattr(trainer, "datamodule", None)):
+        if not belongs_to(trainer, self):  # leaves
+            trainer.callbacks = [c for c in callbacks_of(trainer) if c is not self]  # type: ignore[attr-defined]
+            return
+        if stage != "fit":
             return
         if not self._prepared:  # the first one to be called prepares all
             tips = arrange_tips(trainer)
@@ -197,6 +202,12 @@ def find_tips(trainer: pl.Trainer) -> list[TipCallback]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, TipCallback)]
 
 
+def belongs_to(trainer: pl.Trainer, callback: pl.Callback) -> bool:
+    """Whether ``callback`` was given to the trainer, or came with the DataModule or module of the running fit."""
+    owner = getattr(callback, "brought_by", None)
+    return owner is None or owner is getattr(trainer, "datamodule", None) or owner is trainer.lightning_module
+
+
 def arrange_tips(trainer: pl.Trainer) -> list[TipCallback]:
     """Sorts the trainer's tips by :class:`ActsOn` and refuses combinations that cannot work.
 
@@ -210,7 +221,7 @@ def arrange_tips(trainer: pl.Trainer) -> list[TipCallback]:
         MisconfigurationException: If two of them cannot work together.
     """
     datamodule = getattr(trainer, "datamodule", None)
-    callbacks = [c for c in callbacks_of(trainer) if getattr(c, "brought_by", None) in (None, datamodule)]
+    callbacks = [c for c in callbacks_of(trainer) if belongs_to(trainer, c)]
     ordered = iter(sorted((c for c in callbacks if isinstance(c, TipCallback)), key=lambda tip: tip.acts_on))
     # A new list, because Lightning is walking through the old one while it calls `setup`.
     trainer.callbacks = [  # type: ignore[attr-defined]
@@ -218,9 +229,15 @@ def arrange_tips(trainer: pl.Trainer) -> list[TipCallback]:
     ]
 
     tips = find_tips(trainer)
+    keys = [tip.state_key for tip in tips]  # Lightning looks at those that were given to the Trainer only
     for tip in tips:
+        if keys.count(tip.state_key) > 1:
+            raise MisconfigurationException(
+                f"There are {keys.count(tip.state_key)} {type(tip).__name__}, and checkpoints cannot tell them apart:"
+                f" {tip.state_key!r}. Take one away; its DataModule or module may bring one of its own."
+            )
         for other in [*callbacks_of(trainer), datamodule, trainer.lightning_module]:
-            if other is not tip and (reason := tip.conflict_with(other)):
+            if other is not None and other is not tip and (reason := tip.conflict_with(other)):
                 raise MisconfigurationException(
                     f"{type(tip).__name__} and {type(other).__name__} cannot work together: {reason}"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,10 @@ Array = NDArray[Any]
 
 _MOST_CLASSES = 10_000_000  # beyond this it is no class id but something else: a hash, a time, a measurement
 
-_seen: weakref.WeakKeyDictionary[Any, dict[str | None, Array]] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, str], Array]] = weakref.WeakKeyDictionary()
 
 
-def find_labels(dataset: Any, target_key: str | None = None, progress: bool = True) -> Array:
+def find_labels(dataset: Any, target_key: str | None = None, progress: bool = True, raw: bool = False) -> Array:
     """The class of each sample, in the order of the dataset.
 
     Looked for in this order: the attributes ``targets`` and ``labels`` (through ``target_transform``, if there is one),
@@ -38,9 +38,10 @@ def find_labels(dataset: Any, target_key: str | None = None, progress: bool = Tr
         dataset: A dataset with a length and integer indices.
         target_key: Key of the label where samples are dicts; None: one of the usual ones.
         progress: Whether to show the progress bar.
+        raw: Whether to leave the targets as they are, for regression: :func:`bin_targets` makes classes of them.
 
     Returns:
-        (N,) integers; or (N, C) of 0 and 1 where a sample has several labels.
+        (N,) integers, with ``raw`` any numbers; or (N, C) of 0 and 1 where a sample has several labels.
 
     Raises:
         TypeError: If the dataset is an ``IterableDataset`` or its labels are no classes.
@@ -56,8 +57,9 @@ def find_labels(dataset: Any, target_key: str | None = None, progress: bool = Tr
         raise TypeError(
             f"{type(dataset).__name__} is no dataset with __getitem__ and __len__; pass the labels instead."
         )
-    stored = _stored(dataset)
-    labels = as_labels(_one_pass(dataset, target_key, progress) if stored is None else stored)
+    convert = _as_values if raw else as_labels
+    stored = stored_labels(dataset, convert)
+    labels = convert(_one_pass(dataset, target_key, progress, convert) if stored is None else stored)
     if len(labels) != len(dataset):
         raise ValueError(f"{type(dataset).__name__} has {len(dataset)} samples but {len(labels)} labels.")
     return labels
@@ -176,15 +178,21 @@ def bin_targets(values: Any, bins: int | Sequence[float] = 10, method: str = "qu
     return classes.astype(np.int64)
 
 
-def _stored(dataset: Any) -> Any:
+def _as_values(targets: Any) -> Array:
+    if isinstance(targets, torch.Tensor):
+        targets = targets.detach().cpu().double()
+    return np.asarray(targets, np.float64)
+
+
+def stored_labels(dataset: Any, convert: Callable[[Any], Array] = as_labels) -> Any:
     """The labels as the dataset keeps them, or None if it does not."""
     if isinstance(dataset, Subset):
         # Through the whole only where that costs nothing; a pass over it could be far longer than one over the part.
-        whole = _stored(dataset.dataset)
-        return None if whole is None else as_labels(whole)[np.asarray(dataset.indices, dtype=np.int64)]
+        whole = stored_labels(dataset.dataset, convert)
+        return None if whole is None else convert(whole)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
-        parts = [_stored(part) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else np.concatenate([as_labels(part) for part in parts])
+        parts = [stored_labels(part, convert) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else np.concatenate([convert(part) for part in parts])
     if isinstance(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
             raise ValueError("The TensorDataset has inputs only, no labels; pass the labels.")
@@ -199,7 +207,7 @@ def _stored(dataset: Any) -> Any:
                 continue
             found = [pair[1] for pair in found]
         if len(found) == len(dataset):
-            return _transformed(found, getattr(dataset, "target_transform", None))
+            return _transformed(found, getattr(dataset, "target_transform", None), convert)
         if len(found) and not isinstance(next(iter(found)), str):  # names of the classes are often called labels
             wrong.append(f"{len(found)} {name}")
     if wrong:
@@ -207,24 +215,25 @@ def _stored(dataset: Any) -> Any:
     return None
 
 
-def _transformed(labels: Any, transform: Any) -> Any:
+def _transformed(labels: Any, transform: Any, convert: Callable[[Any], Array]) -> Any:
     """What the dataset's own ``target_transform`` makes of the labels: that is what the module gets to see."""
     if transform is None:
         return labels
-    kept = as_labels(labels)
+    kept = convert(labels)
     if kept.ndim != 1:
-        return as_labels([np.asarray(transform(row)) for row in kept])
+        return convert([np.asarray(transform(row)) for row in kept])
     known, places = np.unique(kept, return_inverse=True)
     with _untouched_generators():
-        return as_labels([transform(int(label)) for label in known])[places]
+        return convert([transform(label) for label in known.tolist()])[places]
 
 
-def _one_pass(dataset: Any, target_key: str | None, progress: bool) -> Array:
+def _one_pass(dataset: Any, target_key: str | None, progress: bool, convert: Callable[[Any], Array]) -> Array:
     try:
         cache = _seen.setdefault(dataset, {})
     except TypeError:  # cannot be hashed or referred to weakly
         cache = {}
-    if target_key not in cache:
+    key = (target_key, convert.__name__)
+    if key not in cache:
         with _untouched_generators():
             numbers = tqdm(
                 range(len(dataset)),
@@ -232,8 +241,8 @@ def _one_pass(dataset: Any, target_key: str | None, progress: bool) -> Array:
                 disable=None if progress else True,
                 leave=False,
             )
-            cache[target_key] = as_labels([_label(dataset[i], dataset, target_key) for i in numbers])
-    return cache[target_key]
+            cache[key] = convert([_label(dataset[i], dataset, target_key) for i in numbers])
+    return cache[key]
 
 
 def _label(sample: Any, dataset: Any, target_key: str | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ __all__ = ["STRATEGIES", "Strategy", "check_counts", "default_num_samples", "rai
 
 STRATEGIES = ("oversample", "undersample", "sqrt", "effective", "repeat_factor")
 
-Strategy = str | dict[int, float] | list[float]
+Strategy = Literal["oversample", "undersample", "sqrt", "effective", "repeat_factor"] | dict[int, float] | list[float]
 """A name in `STRATEGIES`, or the target mix: a share for each class, as a dict by class id or as a list."""
 
 Array = NDArray[Any]

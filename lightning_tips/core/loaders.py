@@ -1,0 +1,129 @@
+"""Training loaders: to change them in any run, and to go on in the middle of an epoch after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from lightning_tips.core.lightning_private import change_train_loaders, epoch_of_samplers
+
+
+@runtime_checkable
+class SeekableSampler(Protocol):
+    """A sampler whose order depends on the epoch and the position alone, and that can begin anywhere."""
+
+    epoch: int
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration draws."""
+
+    def set_position(self, epoch: int, position: int) -> None:
+        """Lets the next iteration of ``epoch`` begin after ``position`` of its samples."""
+
+
+Loaders = list[DataLoader[Any]]
+
+
+def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loaders]) -> Callable[[], None]:
+    """Changes the training loaders of a run, wherever they come from: DataModule, module, or the arguments of ``fit``.
+
+    Validation and test data are left alone.
+
+    Args:
+        trainer: The trainer, from ``setup`` on.
+        change: Takes the loaders, also those in lists, dicts and ``CombinedLoader``, and returns what to use in their
+            places. Called each time that the Trainer asks for them.
+
+    Returns:
+        A function that takes it back; to be called in ``teardown`` and ``on_exception``.
+    """
+
+    def change_all(loaders: Any) -> CombinedLoader:
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        for loader in combined.flattened:
+            if not isinstance(loader, DataLoader):
+                raise MisconfigurationException(
+                    f"A training loader of {type(loader).__name__} has no sampler to replace; return a"
+                    " torch.utils.data.DataLoader from train_dataloader()."
+                )
+        combined.flattened = changed = change(combined.flattened)
+        for loader in changed:
+            if isinstance(loader, _Resumable):
+                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches)
+        return combined
+
+    return change_train_loaders(trainer, change_all)
+
+
+def resumable(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Lets a loader with a :class:`SeekableSampler` go on after a resume with the batches that are still due.
+
+    It counts the batches that it gives out and keeps that number in the checkpoint, as Lightning does for every loader
+    with a ``state_dict``. Exact are the choice and the order of the samples; what a random transform in the dataset
+    would have drawn is not known to a loader.
+
+    Args:
+        loader: Changed in place: its class becomes a subclass of what it is.
+
+    Returns:
+        The same loader.
+    """
+    if not isinstance(loader, _Resumable):
+        loader.__class__ = _resumable_class(type(loader))  # type: ignore[arg-type]
+    return loader
+
+
+class _Resumable(DataLoader[Any]):
+    _first = 0  # batches that the next iteration leaves out
+    _given = 0  # batches given out in the running epoch
+    _due_epoch = 0
+    _limit: float = 1.0
+
+    def place(self, epoch: int, limit: float) -> None:
+        """Tells the epoch that is due and the Trainer's ``limit_train_batches``.
+
+        Workers begin to fetch before Lightning calls ``set_epoch`` on resume, so the epoch must be known now.
+        """
+        self._due_epoch, self._limit = epoch, limit
+        self._seekable.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._given, self._first = self._first, 0
+        return self._count(super().__iter__())  # made at once, so that workers begin now
+
+    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Which batch comes next."""
+        return {"epoch": self._seekable.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on there. A finished epoch is followed by the next."""
+        epoch, batches = state["epoch"], state["batches"]
+        length = min(len(self), self._limit) if isinstance(self._limit, int) else int(len(self) * self._limit)
+        if epoch < self._due_epoch:
+            epoch, batches = self._due_epoch, 0
+        elif batches >= length:
+            epoch, batches = epoch + 1, 0
+        self._first = batches
+        self._seekable.set_position(epoch, batches * (self.batch_size or 1))
+
+    @property
+    def _seekable(self) -> SeekableSampler:
+        if not isinstance(self.sampler, SeekableSampler):
+            raise TypeError(f"{type(self.sampler).__name__} has no set_position: it cannot begin in mid-epoch.")
+        return self.sampler
+
+
+@cache
+def _resumable_class(kind: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
+    return type(f"Resumable{kind.__name__}", (_Resumable, kind), {})

@@ -1,0 +1,271 @@
+"""`ImbalancedSamplerCallback` and its mixin: balanced training data in any run, from Python or yaml."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from lightning_tips.core import ActsOn, TipCallback, TipMixin, agree, replace_train_loaders, resumable
+from lightning_tips.core.lightning_private import with_sampler
+from lightning_tips.imbalance.batches import ImbalancedBatchSampler
+from lightning_tips.imbalance.labels import bin_targets, find_labels
+from lightning_tips.imbalance.sampler import ImbalancedSampler
+from lightning_tips.imbalance.show import show_balance
+from lightning_tips.imbalance.strategies import Strategy
+
+
+class ImbalancedSamplerCallback(TipCallback):
+    """Draws the training samples of each class as often as a strategy says, in any run.
+
+    Each training DataLoader, of whatever DataModule, module or argument of ``fit`` it is, gets an
+    :class:`ImbalancedSampler` in place of its own; everything else about it stays, and so do validation and test data.
+    All ranks draw from one order, and a resumed run goes on with the very batches that are still due, also in the
+    middle of an epoch and with workers. A loader that has an ``ImbalancedSampler`` already keeps it.
+
+    Args:
+        strategy: ``"oversample"``, ``"undersample"``, ``"sqrt"``, ``"effective"``, ``"repeat_factor"``, or the target
+            mix as a dict or list of shares by class; see :func:`~lightning_tips.imbalance.target_mix`.
+        num_samples: Samples of an epoch over all ranks; by default what suits the strategy.
+        seed: Of the order.
+        per_class_minimum: At least so many samples of each class in every batch, see :class:`ImbalancedBatchSampler`.
+        beta: For ``"effective"``.
+        threshold: For ``"repeat_factor"``.
+        bins: For regression: into how many bins of equal count the targets fall, or the edges between bins.
+        target_key: Where samples are dicts: the key of the target, if it is none of the usual ones.
+        show: Whether to show the class counts before and after, as a table and a plot.
+
+    Raises:
+        MisconfigurationException: Before the first step, for data that cannot be balanced.
+    """
+
+    tip = "imbalance"
+    acts_on = ActsOn.DATA
+
+    def __init__(
+        self,
+        strategy: Strategy = "oversample",
+        num_samples: int | None = None,
+        seed: int = 0,
+        per_class_minimum: int | dict[int, int] | list[int] | None = None,
+        beta: float = 0.999,
+        threshold: float | None = None,
+        bins: int | list[float] | None = None,
+        target_key: str | None = None,
+        show: bool = True,
+    ) -> None:
+        self.strategy: Strategy = strategy
+        self.num_samples = num_samples
+        self.seed = seed
+        self.per_class_minimum = per_class_minimum
+        self.beta = beta
+        self.threshold = threshold
+        self.bins = bins
+        self.target_key = target_key
+        self.show = show
+        self.samplers: list[ImbalancedSampler] = []
+        """One for each training loader, once training has begun."""
+        self._resumed_from: dict[str, Any] | None = None
+        self._take_back: Callable[[], None] | None = None
+        # What can be known to be wrong without data.
+        ImbalancedSampler([0, 1], strategy if isinstance(strategy, str) else "oversample", num_samples, seed)
+
+    def describe(self) -> str:
+        """For the table at fit start."""
+        how = self.strategy if isinstance(self.strategy, str) else "a given mix"
+        minimum = "" if self.per_class_minimum is None else f", at least {self.per_class_minimum} of each class a batch"
+        sizes = ", ".join(f"{s.epoch_size:,} samples an epoch" for s in self.samplers)
+        return f"{how}{minimum}: {sizes}" if sizes else f"{how}{minimum}"
+
+    def conflict_with(self, other: object) -> str | None:
+        """Two of them would replace each other's samplers."""
+        if isinstance(other, ImbalancedSamplerCallback):
+            return "both choose the training samples. Keep one (the mixin brings one, too)."
+        return None
+
+    # ---- state
+
+    def reset(self) -> None:
+        """Forgets the last run."""
+        super().reset()
+        self._resumed_from = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for the checkpoint: the draw, to notice a resume with another, and the prior it teaches."""
+        prior = self.trained_prior
+        return super().state_dict() | {
+            "draws": [_fingerprint(sampler) for sampler in self.samplers],
+            "trained_prior": None if prior is None else prior.tolist(),
+            "counts": self.samplers[0].counts.tolist() if self.samplers else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up :meth:`state_dict`. Where in its epoch each loader is, the loaders know themselves."""
+        self._resumed_from = {"draws": list(state["draws"])}
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """Samples of each class in the training data ``(C,)``, once training has begun."""
+        return torch.from_numpy(self.samplers[0].counts) if self.samplers else None
+
+    @property
+    def trained_prior(self) -> Tensor | None:
+        """Share of each class ``(C,)`` in what the network sees; ``None`` before training and for several labels."""
+        if not self.samplers or len(self.samplers[0].mix) != len(self.samplers[0].counts):
+            return None
+        return torch.from_numpy(self.samplers[0].mix).float()
+
+    # ---- the samplers
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stands between the training data and the Trainer."""
+        self._release()
+        self.samplers = []
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"overfit_batches repeats the first batches in their order, which leaves {type(self).__name__} nothing"
+                " to choose. Leave out one of them, or use limit_train_batches."
+            )
+
+        def change(loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
+            changed = [self._balance(trainer, loader) for loader in loaders]
+            self.samplers = [loader.sampler for loader in changed if isinstance(loader.sampler, ImbalancedSampler)]
+            return changed
+
+        self._take_back = replace_train_loaders(trainer, change)
+
+    def _balance(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
+        if isinstance(loader.sampler, ImbalancedSampler):
+            return resumable(loader)
+        if isinstance(loader.dataset, IterableDataset):
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot choose from {type(loader.dataset).__name__}: an IterableDataset decides"
+                " its order itself. Use a dataset with __getitem__ and __len__, or class weights in the loss"
+                " (ClassWeightCallback)."
+            )
+        if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+            rank_zero_info(f"{type(self).__name__} replaces the {type(loader.sampler).__name__} of a training loader.")
+        try:
+            sampler = self._make(trainer, loader)
+        except (ValueError, TypeError) as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        self._check_ranks(trainer, sampler)
+        return resumable(with_sampler(loader, sampler))
+
+    def _make(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> ImbalancedSampler:
+        labels = find_labels(loader.dataset, self.target_key, trainer.is_global_zero, raw=self.bins is not None)
+        if self.bins is not None:
+            labels = bin_targets(labels, self.bins)
+        given: dict[str, Any] = {
+            "strategy": self.strategy,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "num_replicas": trainer.world_size,
+            "rank": trainer.global_rank,
+            "beta": self.beta,
+            "threshold": self.threshold,
+        }
+        if self.per_class_minimum is None:
+            return ImbalancedSampler(labels, **given)
+        if loader.batch_size is None:
+            raise ValueError("per_class_minimum needs a DataLoader with a batch_size.")
+        return ImbalancedBatchSampler(labels, loader.batch_size, self.per_class_minimum, **given)
+
+    def _check_ranks(self, trainer: pl.Trainer, sampler: ImbalancedSampler) -> None:
+        mine = _fingerprint(sampler)
+        differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
+        if trainer.world_size > 1 and float(trainer.strategy.reduce(differs, reduce_op="sum")):
+            raise MisconfigurationException(
+                f"The ranks have different training labels, so {type(self).__name__} cannot share them out. A split"
+                " without a seed does that: give random_split a generator with one."
+            )
+
+    # ---- what the user sees
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells once what the draw is."""
+        super().on_train_start(trainer, pl_module)
+        before, self._resumed_from = self._resumed_from, None
+        now = [_fingerprint(sampler) for sampler in self.samplers]
+        if before is not None and before["draws"] and before["draws"] != now:
+            self.record(trainer, "other samples than before the resume", epoch_size=self.samplers[0].epoch_size)
+        if not self.events:
+            for sampler in self.samplers:
+                drawn = sampler.draws_per_class()
+                self.record(
+                    trainer,
+                    self.strategy if isinstance(self.strategy, str) else "given mix",
+                    classes=len(sampler.counts),
+                    ratio_before=float(sampler.counts.max() / max(sampler.counts.min(), 1)),
+                    ratio=float(drawn.max() / drawn[drawn > 0].min()),
+                    epoch_size=sampler.epoch_size,
+                )
+        for number, sampler in enumerate(self.samplers if self.show else []):
+            # The last one, with several labels a sample, is of the samples without any.
+            drawn = sampler.draws_per_class()[: len(sampler.counts)]
+            picture = f"class_balance_{number}" if number else "class_balance"
+            show_balance(trainer, sampler.counts, drawn, "drawn an epoch", picture=picture)
+
+    # ---- the end
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the data alone again."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the data alone again."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._take_back is not None:
+            self._take_back()
+            self._take_back = None
+
+
+class ImbalancedSamplerMixin(TipMixin):
+    """Balances the training data of a DataModule: brings an :class:`ImbalancedSamplerCallback` to its runs.
+
+    Give it before ``LightningDataModule``. For somebody else's DataModule, put ``ImbalancedSamplerCallback`` among the
+    Trainer's callbacks instead; it does the same.
+
+    Args:
+        *args: For the DataModule.
+        sampling: The ``strategy`` of :class:`ImbalancedSamplerCallback`.
+        sampling_seed: Its ``seed``.
+        samples_per_epoch: Its ``num_samples``.
+        per_class_minimum: As there.
+        **kwargs: For the DataModule.
+
+    Example:
+        >>> from lightning.pytorch import LightningDataModule
+        >>> class MyData(ImbalancedSamplerMixin, LightningDataModule):
+        ...     '''With a train_dataloader like any other.'''
+        >>> data = MyData(sampling="undersample")
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sampling: Strategy = "oversample",
+        sampling_seed: int = 0,
+        samples_per_epoch: int | None = None,
+        per_class_minimum: int | dict[int, int] | list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.bring(ImbalancedSamplerCallback(sampling, samples_per_epoch, sampling_seed, per_class_minimum))
+
+
+def _fingerprint(sampler: ImbalancedSampler) -> str:
+    """The same where two samplers draw the same."""
+    told = (sampler.seed, sampler.epoch_size, np.round(sampler.mix, 12).tolist())
+    return hashlib.blake2b(repr(told).encode() + sampler._pool.index.tobytes(), digest_size=16).hexdigest()
