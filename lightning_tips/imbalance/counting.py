@@ -1,0 +1,134 @@
+"""How often each class occurs in the data that a Trainer trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+__all__ = ["ClassCounts", "balancing_part", "class_names", "count_classes", "training_sets"]
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Counts of the training data.
+
+    Attributes:
+        counts: Samples of each class or, with several labels a sample, of each label ``(C,)``.
+        total: Number of samples if each may have several labels, else ``None``.
+    """
+
+    counts: Tensor
+    total: int | None = None
+
+    @classmethod
+    def of(cls, labels: Any) -> ClassCounts:
+        """Counts labels: class indices ``(N,)``, or rows of 0 and 1 ``(N, C)``.
+
+        Raises:
+            ValueError: If they are neither.
+        """
+        array = np.asarray(labels)
+        if array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        whole = array.dtype.kind in "biu" or (array.dtype.kind == "f" and bool((array == np.floor(array)).all()))
+        if array.ndim not in (1, 2) or not array.size or not whole:
+            raise ValueError(
+                f"The training labels are no classes: {array.dtype} of shape {array.shape}. Give the weights as a list,"
+                " or let the dataset have its class indices in `targets`."
+            )
+        if array.min() < 0 or (array.ndim == 2 and array.max() > 1):
+            raise ValueError(
+                f"The training labels run from {array.min():g} to {array.max():g}; class indices start at 0, and rows"
+                " of several labels hold 0 and 1. Give the weights as a list."
+            )
+        if array.ndim == 2:
+            return cls(torch.from_numpy(array.sum(0).astype(np.int64)), len(array))
+        return cls(torch.from_numpy(np.bincount(array.astype(np.int64))))
+
+
+def count_classes(trainer: pl.Trainer) -> ClassCounts:
+    """Counts the labels of the training data, over all its loaders.
+
+    Args:
+        trainer: In fit, after its data is set up (from ``on_train_start`` on).
+
+    Raises:
+        ValueError: If labels cannot be found or are no classes.
+    """
+    labels = []
+    for dataset in training_sets(trainer):
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"{type(dataset).__name__} is an IterableDataset: its labels are not known before they are read. Give"
+                " the weights as a list, for example class_weights([1000, 50])."
+            )
+        labels.append(_labels_of(dataset))
+    return ClassCounts.of(np.concatenate(labels) if len(labels) > 1 else labels[0])
+
+
+def training_sets(trainer: pl.Trainer) -> list[Any]:
+    """The datasets of the training loaders; a loader that has none stands for itself."""
+    return [getattr(loader, "dataset", loader) for loader in _loaders(trainer.train_dataloader)]
+
+
+def class_names(trainer: pl.Trainer) -> list[str]:
+    """The names of the classes where the training data has them in ``classes``, as torchvision's datasets do."""
+    for dataset in training_sets(trainer):
+        while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset  # a Subset
+        names = getattr(dataset, "classes", None)
+        if isinstance(names, list | tuple) and names:
+            return [str(name) for name in names]
+    return []
+
+
+def balancing_part(trainer: pl.Trainer) -> str | None:
+    """What already balances the classes by sampling, if anything does: its class name."""
+    parts: list[Any] = [*trainer.callbacks, getattr(trainer, "datamodule", None)]  # type: ignore[attr-defined]
+    for loader in _loaders(trainer.train_dataloader):
+        batches = getattr(loader, "batch_sampler", None)
+        for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            parts += [sampler, getattr(getattr(sampler, "dataset", None), "_sampler", None)]
+    # By name, because a tip's callback need not know the others, nor anybody's sampler of one of these names.
+    known = ("ImbalancedSampler", "WeightedRandomSampler", "MPerClassSampler", "BalanceClassSampler")
+    for part in parts:
+        for cls in type(part).__mro__:
+            if cls.__name__.startswith(known) or cls.__name__ == "ImbalancedDatasetSampler":
+                return cls.__name__
+    return None
+
+
+def _labels_of(dataset: Any) -> Any:
+    try:
+        find_labels = import_module("lightning_tips.imbalance.labels").find_labels
+    except ModuleNotFoundError:  # the seam: without that module, only the plainest datasets
+        if isinstance(dataset, Subset):
+            return _labels_of(dataset.dataset)[np.asarray(dataset.indices)]
+        if isinstance(dataset, TensorDataset):
+            return dataset.tensors[-1].numpy()
+        for name in ("targets", "labels"):
+            if hasattr(dataset, name):
+                return np.asarray(getattr(dataset, name))
+        raise ValueError(
+            f"No labels found in {type(dataset).__name__}. Give it an attribute `targets`, or give the weights as a"
+            " list."
+        ) from None
+    return np.asarray(find_labels(dataset))
+
+
+def _loaders(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        for loader in loaders:
+            yield from _loaders(loader)
+    elif loaders is not None:
+        yield loaders
