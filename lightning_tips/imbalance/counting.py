@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import IterableDataset
+
+from lightning_tips.imbalance.labels import _stored, as_labels, class_counts, find_labels
 
 __all__ = ["ClassCounts", "balancing_part", "class_names", "count_classes", "training_sets"]
 
@@ -30,47 +31,33 @@ class ClassCounts:
 
     @classmethod
     def of(cls, labels: Any) -> ClassCounts:
-        """Counts labels: class indices ``(N,)``, or rows of 0 and 1 ``(N, C)``.
-
-        Raises:
-            ValueError: If they are neither.
-        """
-        array = np.asarray(labels)
-        if array.ndim == 2 and array.shape[1] == 1:
-            array = array[:, 0]
-        whole = array.dtype.kind in "biu" or (array.dtype.kind == "f" and bool((array == np.floor(array)).all()))
-        if array.ndim not in (1, 2) or not array.size or not whole:
-            raise ValueError(
-                f"The training labels are no classes: {array.dtype} of shape {array.shape}. Give the weights as a list,"
-                " or let the dataset have its class indices in `targets`."
-            )
-        if array.min() < 0 or (array.ndim == 2 and array.max() > 1):
-            raise ValueError(
-                f"The training labels run from {array.min():g} to {array.max():g}; class indices start at 0, and rows"
-                " of several labels hold 0 and 1. Give the weights as a list."
-            )
-        if array.ndim == 2:
-            return cls(torch.from_numpy(array.sum(0).astype(np.int64)), len(array))
-        return cls(torch.from_numpy(np.bincount(array.astype(np.int64))))
+        """Counts labels: class indices ``(N,)``, or rows of 0 and 1 ``(N, C)``; see ``labels.as_labels``."""
+        array = as_labels(labels)
+        return cls(torch.from_numpy(class_counts(array)), len(array) if array.ndim == 2 else None)
 
 
-def count_classes(trainer: pl.Trainer) -> ClassCounts:
+def count_classes(trainer: pl.Trainer, target_key: str | None = None, read: bool = True) -> ClassCounts:
     """Counts the labels of the training data, over all its loaders.
 
     Args:
         trainer: In fit, after its data is set up (from ``on_train_start`` on).
+        target_key: Key of the label in samples that are dicts.
+        read: Whether to fetch every sample once where the dataset does not keep its labels.
 
     Raises:
-        ValueError: If labels cannot be found or are no classes.
+        ValueError: If labels cannot be found.
+        TypeError: If they are no classes.
     """
-    labels = []
+    labels: list[Any] = []
     for dataset in training_sets(trainer):
         if isinstance(dataset, IterableDataset):
-            raise ValueError(
+            raise TypeError(
                 f"{type(dataset).__name__} is an IterableDataset: its labels are not known before they are read. Give"
                 " the weights as a list, for example class_weights([1000, 50])."
             )
-        labels.append(_labels_of(dataset))
+        if not read and _stored(dataset) is None:
+            raise ValueError(f"{type(dataset).__name__} does not keep its labels.")
+        labels.append(find_labels(dataset, target_key))
     return ClassCounts.of(np.concatenate(labels) if len(labels) > 1 else labels[0])
 
 
@@ -104,24 +91,6 @@ def balancing_part(trainer: pl.Trainer) -> str | None:
             if cls.__name__.startswith(known) or cls.__name__ == "ImbalancedDatasetSampler":
                 return cls.__name__
     return None
-
-
-def _labels_of(dataset: Any) -> Any:
-    try:
-        find_labels = import_module("lightning_tips.imbalance.labels").find_labels
-    except ModuleNotFoundError:  # the seam: without that module, only the plainest datasets
-        if isinstance(dataset, Subset):
-            return _labels_of(dataset.dataset)[np.asarray(dataset.indices)]
-        if isinstance(dataset, TensorDataset):
-            return dataset.tensors[-1].numpy()
-        for name in ("targets", "labels"):
-            if hasattr(dataset, name):
-                return np.asarray(getattr(dataset, name))
-        raise ValueError(
-            f"No labels found in {type(dataset).__name__}. Give it an attribute `targets`, or give the weights as a"
-            " list."
-        ) from None
-    return np.asarray(find_labels(dataset))
 
 
 def _loaders(loaders: Any) -> Iterator[Any]:

@@ -48,7 +48,7 @@ class ClassWeightCallback(TipCallback):
         correct_prior: At predict time, brings the logits that ``forward`` returns back to the prior of the training
             data, which balanced training has inflated for rare classes: ``True`` by the shift, ``"fit"`` with a scale
             that each validation fits besides. For predictions from a checkpoint, everything needed is in it.
-        target_key: Key of the targets in validation batches that are dicts, for ``correct_prior="fit"``.
+        target_key: Key of the targets where samples and batches are dicts, if it is none of the usual ones.
     """
 
     tip = "imbalance"
@@ -248,11 +248,13 @@ class ClassWeightCallback(TipCallback):
         super().on_train_start(trainer, pl_module)
 
     def _prepare_numbers(self, trainer: pl.Trainer) -> None:
+        # For weights that are given, the counts only set the scale: not worth reading all samples for.
+        needed = self.weights == "auto" or self.tau is not None
         try:
-            counts = count_classes(trainer)
+            counts = count_classes(trainer, self.target_key, read=needed)
             self._counts = ClassCounts(*agree(trainer, (counts.counts, counts.total)))
         except (ValueError, TypeError):
-            if self.weights == "auto" or self.tau is not None:
+            if needed:
                 raise
             self._counts = None  # given weights do without
         known = self._counts
@@ -347,7 +349,7 @@ class ClassWeightCallback(TipCallback):
         if self._counts is None or self._counts.total is not None:
             raise MisconfigurationException(
                 f"{type(self).__name__} knows no class counts to change the outputs by: fit first, or pass the"
-                " ckpt_path of a run that had it. With several labels a sample use the functions of lightning_tips.imbalance."
+                " ckpt_path of a run that had it. With several labels a sample use the functions of this package."
             )
         return self._counts
 
