@@ -175,6 +175,7 @@ class _Functions(TorchFunctionMode):
             reduction = _reduction(reduction, size_average, reduce)
             return correction.binary_cross_entropy_with_logits(input, target, reduction)
 
+        self.correction = correction
         self.instead: dict[Any, Loss] = {
             F.cross_entropy: cross_entropy,
             F.nll_loss: nll_loss,
@@ -182,7 +183,8 @@ class _Functions(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.instead.get(func, func)(*args, **kwargs or {})
+        instead = func if self.correction.at_work else self.instead.get(func, func)
+        return instead(*args, **kwargs or {})
 
 
 def _cross_entropy(loss: Any, correction: LossCorrection) -> Loss:
@@ -208,7 +210,11 @@ def _binary(loss: Any, correction: LossCorrection) -> Loss:
 
 def _label_smoothing(loss: Any, correction: LossCorrection) -> Loss:
     def forward(x: Tensor, target: Tensor) -> Tensor:
-        return correction.cross_entropy(x, target, label_smoothing=loss.smoothing)
+        correction.at_work = True
+        try:
+            return correction.cross_entropy(x, target, label_smoothing=loss.smoothing)
+        finally:
+            correction.at_work = False
 
     return forward
 

@@ -126,7 +126,8 @@ class LossCorrection:
         self.labels = labels
         self.class_offsets = class_offsets
         self.label_offsets = label_offsets
-        self.calls = 0
+        self.calls = 0  # of the losses below
+        self.at_work = False  # inside a loss that calls torch's functions itself, which are not to be corrected again
 
     @classmethod
     def from_counts(

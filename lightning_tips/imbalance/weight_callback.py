@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips.core import ActsOn, TipCallback, agree, did_you_mean, targets_of
+from lightning_tips.core import ActsOn, TipCallback, agree, did_you_mean
 from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class_names, count_classes
 from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
-from lightning_tips.imbalance.logit_adjustment import adjust_logits, changed_outputs, logit_adjustment
+from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import LossCorrection
+from lightning_tips.imbalance.moments import Outputs, ReplacedStep
 from lightning_tips.imbalance.prior import correct_prior, fit_prior_correction, weighted_prior
 from lightning_tips.imbalance.weights import Scheme, class_weights, dict_to_list
 
@@ -46,8 +46,8 @@ class ClassWeightCallback(TipCallback):
         adjust: ``"loss"`` adds the logarithm of the prior to the logits in the training loss. ``"outputs"`` trains
             plainly and subtracts it from what ``forward`` returns in validation, test and prediction.
         correct_prior: At predict time, brings the logits that ``forward`` returns back to the prior of the training
-            data, which balanced training has inflated for rare classes: ``True`` by the shift, ``"fit"`` with a scale
-            that each validation fits besides. For predictions from a checkpoint, everything needed is in it.
+            data, which balanced training has inflated for rare classes: ``True`` by the shift, ``"fit"`` with a
+            strength of it that each validation fits. For predictions from a checkpoint, everything needed is in it.
         target_key: Key of the targets where samples and batches are dicts, if it is none of the usual ones.
     """
 
@@ -79,11 +79,9 @@ class ClassWeightCallback(TipCallback):
         self.target_key = target_key
         self._check_arguments()
         self._found: list[nn.Module] = []
-        self._restore_step: Callable[[], None] | None = None
-        self._outputs = ExitStack()
-        self._seen: list[tuple[Tensor, Tensor]] = []  # logits and targets of the running validation
-        self._logits: Tensor | None = None
-        self._scale = 1.0
+        self._step: ReplacedStep | None = None
+        self._outputs = Outputs()
+        self._strength = 1.0
         self._counts: ClassCounts | None = None
         self._correction = LossCorrection()
         self._started = False
@@ -148,8 +146,9 @@ class ClassWeightCallback(TipCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells several apart in a checkpoint by the losses that they are for."""
-        return type(self).__qualname__ + (f"{sorted(self.losses)}" if self.losses else "")
+        """Tells several apart in a checkpoint."""
+        told = {"scheme": self.scheme, "start_epoch": self.start, "losses": self.losses, "logit_adjustment": self.tau}
+        return f"{type(self).__qualname__}{told}"
 
     def reset(self) -> None:
         """Forgets the last run."""
@@ -157,7 +156,7 @@ class ClassWeightCallback(TipCallback):
         self._started = False
         self._counts = None
         self._correction = LossCorrection()
-        self._scale = 1.0
+        self._strength = 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint, with the prior that the training teaches."""
@@ -168,13 +167,13 @@ class ClassWeightCallback(TipCallback):
             "total": None if self._counts is None else self._counts.total,
             "weights": None if self._correction.classes is None else self._correction.classes.tolist(),
             "trained_prior": None if prior is None else prior.tolist(),
-            "scale": self._scale,
+            "strength": self._strength,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up :meth:`state_dict`. Weights are made anew from the data, which must be the same."""
         self._started = bool(state["started"])
-        self._scale = float(state["scale"])
+        self._strength = float(state["strength"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also takes up the prior from a checkpoint that is only predicted from."""
@@ -244,7 +243,7 @@ class ClassWeightCallback(TipCallback):
                 )
         if self._acts_on_loss:
             self._correction.to(pl_module.device)
-            self._wrap_step(trainer, pl_module)
+            self._step = ReplacedStep(trainer.strategy, self._weighted_step(pl_module))
         super().on_train_start(trainer, pl_module)
 
     def _prepare_numbers(self, trainer: pl.Trainer) -> None:
@@ -275,14 +274,12 @@ class ClassWeightCallback(TipCallback):
             counted = None if known is None else torch.cat([known.counts, known.counts.new_zeros(number)])[:number]
             self._correction = LossCorrection.from_weights(values, counted, known.total if known else None)
 
-    def _wrap_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy, step = trainer.strategy, trainer.strategy.training_step
-        before = vars(strategy).get("training_step")
+    def _weighted_step(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
         untried = True
 
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        def training_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal untried
-            if strategy_step_is_released() or not (self._started or untried):
+            if not (self._started or untried):
                 return step(*args, **kwargs)
             correction = self._correction if self._started else LossCorrection()
             with corrected_losses(self._found, correction, self.functional):
@@ -292,19 +289,7 @@ class ClassWeightCallback(TipCallback):
             untried = False  # a loss that cannot be weighted is refused at the first step, not at a deferred start
             return output
 
-        def strategy_step_is_released() -> bool:
-            return self._restore_step is not restore
-
-        def restore() -> None:
-            if vars(strategy).get("training_step") is not training_step:
-                return  # somebody wrapped it again; it lets every call through from now on
-            if before is None:
-                del strategy.training_step
-            else:
-                strategy.training_step = before  # type: ignore[method-assign]
-
-        strategy.training_step = training_step  # type: ignore[method-assign]
-        self._restore_step = restore
+        return training_step
 
     def _not_called(self, pl_module: pl.LightningModule) -> str:
         found = ", ".join(sorted({type(loss).__name__ for loss in self._found})) or "torch's loss functions"
@@ -336,23 +321,6 @@ class ClassWeightCallback(TipCallback):
 
     # ---- outputs
 
-    def _open_outputs(self, pl_module: pl.LightningModule, change: Callable[[Tensor], Tensor]) -> None:
-        self._outputs.close()
-        self._outputs.enter_context(changed_outputs(pl_module, change))
-
-    def _balance_outputs(self, pl_module: pl.LightningModule) -> None:
-        counts = self._known_counts()
-        offsets = logit_adjustment(counts.counts, self.tau or 1.0)
-        self._open_outputs(pl_module, lambda logits: adjust_logits(logits, offsets))
-
-    def _known_counts(self) -> ClassCounts:
-        if self._counts is None or self._counts.total is not None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} knows no class counts to change the outputs by: fit first, or pass the"
-                " ckpt_path of a run that had it. With several labels a sample use the functions of this package."
-            )
-        return self._counts
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adjusts the outputs, or watches them to fit the correction."""
         if trainer.sanity_checking:
@@ -360,12 +328,7 @@ class ClassWeightCallback(TipCallback):
         if self.adjust == "outputs":
             self._balance_outputs(pl_module)
         elif self.correct_prior == "fit" and trainer.state.fn == TrainerFn.FITTING:
-            self._seen = []
-            self._open_outputs(pl_module, self._watch)
-
-    def _watch(self, logits: Tensor) -> Tensor:
-        self._logits = logits.detach()
-        return logits
+            self._outputs.watch(pl_module)
 
     def on_validation_batch_end(
         self,
@@ -377,19 +340,15 @@ class ClassWeightCallback(TipCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps logits and targets for the fit."""
-        if self._logits is not None and dataloader_idx == 0:
-            self._seen.append((self._logits.cpu(), targets_of(batch, self.target_key).cpu()))
-        self._logits = None
+        if dataloader_idx == 0:
+            self._outputs.keep(batch, self.target_key)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fits the correction."""
-        self._outputs.close()
-        prior = self.trained_prior
-        if self._seen and prior is not None and self._counts is not None:
-            logits, targets = (torch.cat(part) for part in zip(*self._seen, strict=True))
-            fitted = fit_prior_correction(logits, targets, prior, self._counts.counts)
-            self._scale = agree(trainer, fitted.scale)
-        self._seen = []
+        seen = self._outputs.close()
+        if seen is not None and self.trained_prior is not None and self._counts is not None:
+            fitted = fit_prior_correction(*seen, self.trained_prior, self._counts.counts)
+            self._strength = agree(trainer, fitted.strength)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adjusts the outputs."""
@@ -405,14 +364,26 @@ class ClassWeightCallback(TipCallback):
         if self.adjust == "outputs":
             self._balance_outputs(pl_module)
         elif self.correct_prior:
-            true, scale = self._known_counts().counts, self._scale
+            true, strength = self._known_counts(), self._strength
             trained = self.trained_prior
             assert trained is not None
-            self._open_outputs(pl_module, lambda logits: correct_prior(logits, trained, true, scale))
+            self._outputs.change(pl_module, lambda logits: correct_prior(logits, trained, true, strength=strength))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""
         self._outputs.close()
+
+    def _balance_outputs(self, pl_module: pl.LightningModule) -> None:
+        offsets = logit_adjustment(self._known_counts(), self.tau or 1.0)
+        self._outputs.change(pl_module, lambda logits: adjust_logits(logits, offsets))
+
+    def _known_counts(self) -> Tensor:
+        if self._counts is None or self._counts.total is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} knows no class counts to change the outputs by: fit first, or pass the"
+                " ckpt_path of a run that had it. With several labels a sample use the functions of this package."
+            )
+        return self._counts.counts
 
     # ---- the end
 
@@ -428,7 +399,7 @@ class ClassWeightCallback(TipCallback):
 
     def _release(self) -> None:
         self._outputs.close()
-        if self._restore_step is not None:
-            self._restore_step()
-            self._restore_step = None
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
         self._found = []
