@@ -154,8 +154,8 @@ def best_threshold(scores: Tensor, targets: Tensor, metric: Metric = "balanced_a
         ValueError: If one class is missing, shapes differ, a score is NaN, or the metric is unknown.
 
     Example:
-        >>> best_threshold(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 1, 1])).value
-        0.25
+        >>> best_threshold(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1]))
+        Threshold(value=2.5, score=1.0)
     """
     if metric not in get_args(Metric):
         raise ValueError(f"There is no metric {metric!r}. {did_you_mean(str(metric), get_args(Metric))}")
