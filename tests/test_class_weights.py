@@ -609,6 +609,33 @@ def test_deferred_start(tmp_path) -> None:
     assert_same(bits(begun)["weights"], bits(plain)["weights"])
 
 
+class Compilable(PlainModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss()
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.compile itself
+def test_compiled_module(tmp_path) -> None:
+    losses = []
+    for compiled in (False, True):
+        tip = ClassWeightCallback({0: 50.0}, start_epoch=1)
+        trainer, module = build(tip, folder=tmp_path, max_epochs=2, module=seeded(Compilable))
+        trainer.fit(torch.compile(module, backend="eager") if compiled else module, datamodule=RareData())
+        losses.append(module.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    trainer, module = build(ClassWeightCallback(functional=True), folder=tmp_path, module=seeded(PlainModule))
+    with pytest.raises(MisconfigurationException, match="inside a compiled training_step"):
+        trainer.fit(torch.compile(module, backend="eager"), datamodule=RareData())
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("functional", [False, True])
 @pytest.mark.parametrize("start", [0, 2])
@@ -765,7 +792,7 @@ def test_data_without_labels_is_refused(tmp_path) -> None:
         ({"scheme": "squrt"}, "Did you mean 'sqrt'"),
         ({"beta": 2.0}, "beta"),
         ({"start_epoch": -1}, "counts from 0"),
-        ({"logit_adjustment": 1.0}, "twice is too much"),
+        ({"weights": [1.0, 2.0], "logit_adjustment": 1.0}, "twice is too much"),
         ({"weights": None, "logit_adjustment": -1.0}, "tau must be positive"),
         ({"adjust": "outputs"}, "pass logit_adjustment"),
         ({"weights": None, "logit_adjustment": 1.0, "adjust": "output"}, "Did you mean 'outputs'"),

@@ -41,8 +41,8 @@ class ClassWeightCallback(TipCallback):
         functional: Set it if ``training_step`` calls ``F.cross_entropy``, ``F.nll_loss`` or
             ``F.binary_cross_entropy_with_logits`` itself, under whatever name.
         losses: Names of the modules to weight, as in ``named_modules()``; by default all that are found.
-        logit_adjustment: The tau of logit adjustment (Menon et al. 2021) in place of weights, usually 1; then
-            ``weights`` has to be ``None``.
+        logit_adjustment: The tau of logit adjustment (Menon et al. 2021) in place of weights, usually 1;
+            ``weights="auto"`` then stands back, and others are refused.
         adjust: ``"loss"`` adds the logarithm of the prior to the logits in the training loss. ``"outputs"`` trains
             plainly and subtracts it from what ``forward`` returns in validation, test and prediction.
         correct_prior: At predict time, brings the logits that ``forward`` returns back to the prior of the training
@@ -98,6 +98,9 @@ class ClassWeightCallback(TipCallback):
         if self.tau is None:
             if self.adjust != "loss":
                 raise ValueError("adjust='outputs' needs the strength of the adjustment: pass logit_adjustment=1.0.")
+        elif self.weights == "auto":
+            self.weights = None  # what automatic correction there is, is this one
+            logit_adjustment([1, 1], self.tau)
         elif self.weights is not None:
             raise ValueError(
                 "logit_adjustment and weights both correct for the classes: twice is too much. Pass weights=None with"
@@ -218,6 +221,13 @@ class ClassWeightCallback(TipCallback):
         self._found = []
         if not self._acts_on_loss:
             return
+        if self.functional and hasattr(vars(pl_module).get("training_step"), "_torchdynamo_orig_callable"):
+            # The graph has the weights in it from tracing, and running it passes through the mode once more.
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot weight functions inside a compiled training_step. Compile the network in"
+                " the module instead (self.net = torch.compile(net)), or make the loss an attribute of the module"
+                " (self.criterion = nn.CrossEntropyLoss()) and leave functional=False."
+            )
         try:
             self._found = list(find_losses(pl_module, self.losses).values())
         except ValueError as error:
