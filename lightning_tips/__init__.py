@@ -1,13 +1,21 @@
 """Seven practical tips of deep learning as drop-in callbacks and mixins for PyTorch Lightning."""
 
 from lightning_tips.core import RunReportCallback
-from lightning_tips.imbalance import ImbalancedSampler, ImbalancedSamplerCallback, ImbalancedSamplerMixin
+from lightning_tips.imbalance import (
+    ClassWeightCallback,
+    ImbalancedSampler,
+    ImbalancedSamplerCallback,
+    ImbalancedSamplerMixin,
+    class_weights,
+)
 from lightning_tips.optimizer import OptimizerSwitchCallback
 
 __all__ = [
+    "ClassWeightCallback",
     "ImbalancedSampler",
     "ImbalancedSamplerCallback",
     "ImbalancedSamplerMixin",
     "OptimizerSwitchCallback",
     "RunReportCallback",
+    "class_weights",
 ]

@@ -109,6 +109,7 @@ class ResumableLoader:
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool) -> None:
         self.images, self.labels, self.batch_size, self.shuffle = images, labels, batch_size, shuffle
+        self.dataset = torch.utils.data.TensorDataset(images, labels)
         self.epoch, self.position = 0, 0
         self.sampler, self.batch_sampler = self, None  # where Lightning looks for set_epoch
 

@@ -28,6 +28,7 @@ class Setting:
             4 steps.
         arguments: What a yaml would say under ``init_args``.
         second: What is different in a second one beside it; only callbacks can be given twice.
+        warns: Pattern of what it may say about the company of other tips.
         module: Name in `harness.py` of the module that it trains, unless it is one.
         data: Name in `harness.py` of the DataModule that it trains on, or is mixed into.
     """
@@ -36,6 +37,7 @@ class Setting:
     changed: Callable[[Trainer, Any], None]
     arguments: dict[str, Any] = field(default_factory=dict)
     second: dict[str, Any] = field(default_factory=dict)
+    warns: str = ""
     module: str = "PlainModule"
     data: str = "PlainData"
 
@@ -149,7 +151,19 @@ def drew_classes_alike(trainer: Trainer, tip: Any) -> None:
     assert [event.what for event in tip.events] == ["oversample"]
 
 
+def weighted_the_loss(trainer: Trainer, tip: Any) -> None:
+    assert [event.epoch for event in tip.events] == [1]
+    assert tip.trained_prior.max() - tip.trained_prior.min() < 1e-6
+
+
 SETTINGS = [
+    Setting(
+        lightning_tips.ClassWeightCallback,
+        weighted_the_loss,
+        {"weights": "auto", "functional": True, "start_epoch": 1},
+        second={"start_epoch": 2},
+        warns=".*both balance the classes",
+    ),
     Setting(
         lightning_tips.ImbalancedSamplerCallback,
         drew_classes_alike,

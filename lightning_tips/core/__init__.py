@@ -3,10 +3,12 @@
 from lightning_tips.core.batch import inputs_of, split_batch, targets_of
 from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
 from lightning_tips.core.events import Event, EventValue
+from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
 from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable
 from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
+from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
 from lightning_tips.core.monitor import Monitor
 from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
 from lightning_tips.core.report import RunReportCallback
@@ -20,16 +22,23 @@ __all__ = [
     "Event",
     "EventValue",
     "Monitor",
+    "Outputs",
+    "ReplacedStep",
     "RunReportCallback",
     "SeekableSampler",
     "TipCallback",
     "TipMixin",
     "WeightDecay",
     "agree",
+    "as_labels",
     "before_checkpoint_load",
+    "bin_targets",
     "callbacks_of",
+    "changed_outputs",
     "check_ranks_agree",
+    "class_counts",
     "did_you_mean",
+    "find_labels",
     "find_tips",
     "inputs_of",
     "install",
@@ -47,5 +56,6 @@ __all__ = [
     "resumable",
     "say",
     "split_batch",
+    "stored_labels",
     "targets_of",
 ]

@@ -10,8 +10,8 @@ import torch.distributed
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_tips.core import as_labels, class_counts, find_labels
 from lightning_tips.imbalance.draw import EpochOrder, Pool, build_pool, epoch_quotas
-from lightning_tips.imbalance.labels import as_labels, class_counts, find_labels
 from lightning_tips.imbalance.strategies import (
     Strategy,
     check_counts,

@@ -14,10 +14,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_tips.core import ActsOn, TipCallback, TipMixin, agree, replace_train_loaders, resumable
+from lightning_tips.core import (
+    ActsOn,
+    TipCallback,
+    TipMixin,
+    agree,
+    bin_targets,
+    find_labels,
+    replace_train_loaders,
+    resumable,
+)
 from lightning_tips.core.lightning_private import with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
-from lightning_tips.imbalance.labels import bin_targets, find_labels
 from lightning_tips.imbalance.sampler import ImbalancedSampler
 from lightning_tips.imbalance.show import show_balance
 from lightning_tips.imbalance.strategies import Strategy

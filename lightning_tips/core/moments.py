@@ -1,0 +1,122 @@
+"""Where a callback reaches what it may not edit: the training step of a strategy, the outputs of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+
+from lightning_tips.core.batch import targets_of
+
+__all__ = ["Outputs", "ReplacedStep", "changed_outputs"]
+
+
+@contextmanager
+def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open, the tensors that ``module(...)`` returns pass through ``change``.
+
+    For example ``changed_outputs(model, lambda logits: adjust_logits(logits, offsets))``. The forward is replaced on
+    the instance: under DDP Lightning sends validation and prediction steps through ``module(...)`` too, and a forward
+    hook would see their outputs as well as the logits.
+
+    Args:
+        module: Returns logits as a tensor.
+        change: From logits to logits.
+
+    Raises:
+        TypeError: If the module returns something else than a tensor, as soon as it does.
+    """
+    forward = module.forward
+    before = vars(module).get("forward")
+
+    def changed(*args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(
+                f"{type(module).__name__} returns {type(output).__name__} where logits were expected as a tensor. Let"
+                " forward return the logits, or adjust them where they are used."
+            )
+        return change(output)
+
+    module.forward = changed
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+class ReplacedStep:
+    """Stands in the place of ``strategy.training_step`` until it is removed.
+
+    Every training step of Lightning goes through there, with automatic and with manual optimization, and nothing else
+    does; and the user's module need not be touched.
+
+    Args:
+        strategy: Its step is replaced on the instance.
+        around: Called with the step that was there before and the step's arguments.
+    """
+
+    def __init__(self, strategy: Strategy, around: Callable[..., Any]) -> None:
+        self._strategy = strategy
+        self._around: Callable[..., Any] | None = around
+        self._step = strategy.training_step
+        self._before = vars(strategy).get("training_step")
+        strategy.training_step = self  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One training step."""
+        return self._step(*args, **kwargs) if self._around is None else self._around(self._step, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Puts the step back. If somebody has replaced it once more, this one lets all calls through instead."""
+        self._around = None
+        if vars(self._strategy).get("training_step") is not self:
+            return
+        if self._before is None:
+            del self._strategy.training_step
+        else:
+            self._strategy.training_step = self._before
+
+
+class Outputs:
+    """The outputs of a module's ``forward``, changed or watched for a while."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._logits: Tensor | None = None  # of the running batch
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def change(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        """From now on ``module(...)`` returns what ``change`` makes of its output."""
+        self.close()
+        self._stack.enter_context(changed_outputs(module, change))
+
+    def watch(self, module: nn.Module) -> None:
+        """From now on the last output can be kept."""
+        self.change(module, self._note)
+
+    def _note(self, logits: Tensor) -> Tensor:
+        self._logits = logits.detach()
+        return logits
+
+    def keep(self, batch: Any, target_key: str | None = None) -> None:
+        """Keeps the output of this batch with its targets, if it is watched."""
+        if self._logits is not None:
+            self._seen.append((self._logits.cpu(), targets_of(batch, target_key).cpu()))
+        self._logits = None
+
+    def close(self) -> tuple[Tensor, Tensor] | None:
+        """Leaves the module as it was; returns the logits and targets that were kept, if any were."""
+        self._stack.close()
+        seen, self._seen, self._logits = self._seen, [], None
+        if not seen:
+            return None
+        logits, targets = zip(*seen, strict=True)
+        return torch.cat(logits), torch.cat(targets)

@@ -1,0 +1,414 @@
+"""The callback that weights the training loss by class, or adjusts its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_tips.core import ActsOn, Outputs, ReplacedStep, TipCallback, agree, did_you_mean
+from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class_names, count_classes
+from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
+from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
+from lightning_tips.imbalance.losses import LossCorrection
+from lightning_tips.imbalance.prior import correct_prior, fit_prior_correction, weighted_prior
+from lightning_tips.imbalance.weights import Scheme, class_weights, dict_to_list
+
+
+class ClassWeightCallback(TipCallback):
+    """Weights the training loss by class so that a rare class counts, without an edit to the module.
+
+    The losses are found in the module (``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.BCEWithLogitsLoss``, timm's
+    ``LabelSmoothingCrossEntropy``) and weighted during ``training_step`` alone: validation and test losses stay what
+    they were, and the module itself is never changed. Unlike torch's ``weight=`` the intended ratio of the classes is
+    kept at every batch size and number of ranks; see :mod:`lightning_tips.imbalance.losses`.
+
+    Args:
+        weights: ``"auto"`` counts the training labels. A list has one weight for each class, a dict weights by class
+            index or name, 1 for the classes it leaves out; both are scaled to mean 1 over the samples if the labels
+            can be found, and used as they are if not. ``None`` leaves the loss unweighted.
+        scheme: For ``"auto"``, see :func:`~lightning_tips.imbalance.class_weights`.
+        beta: As there.
+        start_epoch: First epoch with weights, counted from 0: deferred re-weighting (Cao et al. 2019) lets the network
+            learn its features on the data as they are.
+        functional: Set it if ``training_step`` calls ``F.cross_entropy``, ``F.nll_loss`` or
+            ``F.binary_cross_entropy_with_logits`` itself, under whatever name.
+        losses: Names of the modules to weight, as in ``named_modules()``; by default all that are found.
+        logit_adjustment: The tau of logit adjustment (Menon et al. 2021) in place of weights, usually 1;
+            ``weights="auto"`` then stands back, and others are refused.
+        adjust: ``"loss"`` adds the logarithm of the prior to the logits in the training loss. ``"outputs"`` trains
+            plainly and subtracts it from what ``forward`` returns in validation, test and prediction.
+        correct_prior: At predict time, brings the logits that ``forward`` returns back to the prior of the training
+            data, which balanced training has inflated for rare classes: ``True`` by the shift, ``"fit"`` with a
+            strength of it that each validation fits. For predictions from a checkpoint, everything needed is in it.
+        target_key: Key of the targets where samples and batches are dicts, if it is none of the usual ones.
+    """
+
+    tip = "imbalance"
+    acts_on = ActsOn.LOSS
+
+    def __init__(
+        self,
+        weights: Literal["auto"] | dict[int | str, float] | list[float] | None = "auto",
+        scheme: Scheme = "inverse",
+        beta: float = 0.999,
+        start_epoch: int = 0,
+        functional: bool = False,
+        losses: list[str] | None = None,
+        logit_adjustment: float | None = None,
+        adjust: Literal["loss", "outputs"] = "loss",
+        correct_prior: bool | Literal["fit"] = False,
+        target_key: str | None = None,
+    ) -> None:
+        self.weights = weights
+        self.scheme: Scheme = scheme
+        self.beta = beta
+        self.start = start_epoch
+        self.functional = functional
+        self.losses = losses
+        self.tau = logit_adjustment
+        self.adjust = adjust
+        self.correct_prior = correct_prior
+        self.target_key = target_key
+        self._check_arguments()
+        self._found: list[nn.Module] = []
+        self._step: ReplacedStep | None = None
+        self._outputs = Outputs()
+        self._strength = 1.0
+        self._counts: ClassCounts | None = None
+        self._correction = LossCorrection()
+        self._started = False
+
+    def _check_arguments(self) -> None:
+        class_weights([1, 1], self.scheme, self.beta)
+        if isinstance(self.weights, str) and self.weights != "auto":
+            raise ValueError(f"weights must be 'auto', a dict, a list or None, not {self.weights!r}.")
+        if self.weights is not None and not isinstance(self.weights, str):
+            values = list(self.weights.values() if isinstance(self.weights, Mapping) else self.weights)
+            LossCorrection.from_weights(values if len(values) > 1 or isinstance(self.weights, list) else [*values, 1.0])
+        if self.start < 0:
+            raise ValueError(f"start_epoch counts from 0, not {self.start}.")
+        if self.tau is None:
+            if self.adjust != "loss":
+                raise ValueError("adjust='outputs' needs the strength of the adjustment: pass logit_adjustment=1.0.")
+        elif self.weights == "auto":
+            self.weights = None  # what automatic correction there is, is this one
+            logit_adjustment([1, 1], self.tau)
+        elif self.weights is not None:
+            raise ValueError(
+                "logit_adjustment and weights both correct for the classes: twice is too much. Pass weights=None with"
+                " logit_adjustment."
+            )
+        else:
+            logit_adjustment([1, 1], self.tau)
+        if self.adjust not in ("loss", "outputs"):
+            raise ValueError(f"There is no adjust={self.adjust!r}. {did_you_mean(self.adjust, ('loss', 'outputs'))}")
+        if self.correct_prior not in (True, False, "fit"):
+            raise ValueError(f"correct_prior must be True, False or 'fit', not {self.correct_prior!r}.")
+        if self.correct_prior and self.adjust == "outputs":
+            raise ValueError("adjust='outputs' balances predictions and correct_prior undoes it; choose one of them.")
+        if self.correct_prior and self.weights is None and self.tau is None:
+            raise ValueError("Without weights or logit_adjustment there is no prior to correct; pass one of them.")
+
+    @property
+    def _acts_on_loss(self) -> bool:
+        return self.weights is not None or (self.tau is not None and self.adjust == "loss")
+
+    # ---- what the user sees
+
+    def describe(self) -> str:
+        """For the table at fit start."""
+        if self.tau is not None:
+            return f"logit adjustment of the {self.adjust}, tau {self.tau:g}{self._when}"
+        if self.weights is None:
+            return "nothing: weights=None"
+        how = f"{self.scheme} class weights" if self.weights == "auto" else "given class weights"
+        return f"{how}{self._ratio}{self._when}"
+
+    def outlook(self) -> str:
+        """For the table at fit end, when the loss was never changed."""
+        return f"not begun: {self.describe()}" if self._acts_on_loss else self.describe()
+
+    @property
+    def _when(self) -> str:
+        return f" from epoch {self.start}" if self.start else ""
+
+    @property
+    def _ratio(self) -> str:
+        weights = self._correction.classes
+        return "" if weights is None else f" of {float(weights.min()):.3g} to {float(weights.max()):.3g}"
+
+    # ---- state
+
+    @property
+    def state_key(self) -> str:
+        """Tells several apart in a checkpoint."""
+        told = {"scheme": self.scheme, "start_epoch": self.start, "losses": self.losses, "logit_adjustment": self.tau}
+        return f"{type(self).__qualname__}{told}"
+
+    def reset(self) -> None:
+        """Forgets the last run."""
+        super().reset()
+        self._started = False
+        self._counts = None
+        self._correction = LossCorrection()
+        self._strength = 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for the checkpoint, with the prior that the training teaches."""
+        prior = self.trained_prior
+        return super().state_dict() | {
+            "started": self._started,
+            "counts": None if self._counts is None else self._counts.counts.tolist(),
+            "total": None if self._counts is None else self._counts.total,
+            "weights": None if self._correction.classes is None else self._correction.classes.tolist(),
+            "trained_prior": None if prior is None else prior.tolist(),
+            "strength": self._strength,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up :meth:`state_dict`. Weights are made anew from the data, which must be the same."""
+        self._started = bool(state["started"])
+        self._strength = float(state["strength"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also takes up the prior from a checkpoint that is only predicted from."""
+        super().load_state_dict(state_dict)
+        if self._stage != "fit" and state_dict.get("counts") is not None:
+            self._counts = ClassCounts(torch.tensor(state_dict["counts"]), state_dict["total"])
+            weights = state_dict["weights"]
+            self._correction = LossCorrection(classes=None if weights is None else torch.tensor(weights))
+            self.restore(state_dict)
+
+    @property
+    def trained_prior(self) -> Tensor | None:
+        """The prior that the loss teaches at present, or ``None`` if it is not known or there are several labels."""
+        if self._counts is None or self._counts.total is not None:
+            return None
+        counts = self._counts.counts.double()
+        if not self._started:
+            return (counts / counts.sum()).float()
+        if self.tau is not None:
+            balanced = counts ** (1.0 - self.tau)
+            return (balanced / balanced.sum()).float()
+        weights = self._correction.classes
+        return weighted_prior(counts, torch.ones_like(counts) if weights is None else weights)
+
+    # ---- before the first step
+
+    def conflict_with(self, other: object) -> str | None:
+        """Two of them on the same loss."""
+        if isinstance(other, ClassWeightCallback) and (
+            not self.losses or not other.losses or set(self.losses) & set(other.losses)
+        ):
+            return "both would weight the same loss. Keep one, or give each other losses=[...]."
+        return None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of a run that broke off."""
+        super().setup(trainer, pl_module, stage)
+        self._release()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the losses."""
+        self._found = []
+        if not self._acts_on_loss:
+            return
+        if self.functional and hasattr(vars(pl_module).get("training_step"), "_torchdynamo_orig_callable"):
+            # The graph has the weights in it from tracing, and running it passes through the mode once more.
+            raise MisconfigurationException(
+                f"{type(self).__name__} cannot weight functions inside a compiled training_step. Compile the network in"
+                " the module instead (self.net = torch.compile(net)), or make the loss an attribute of the module"
+                " (self.criterion = nn.CrossEntropyLoss()) and leave functional=False."
+            )
+        try:
+            self._found = list(find_losses(pl_module, self.losses).values())
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if not self._found and not self.functional:
+            raise MisconfigurationException(
+                f"{type(self).__name__} finds no loss in {type(pl_module).__name__} that it can weight ({KNOWN}). If"
+                " training_step calls F.cross_entropy, F.nll_loss or F.binary_cross_entropy_with_logits, pass"
+                " functional=True; otherwise keep the loss as an attribute of the module."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts the classes and stands ready at the training step."""
+        if self.weights is not None or self.tau is not None:
+            try:
+                self._prepare_numbers(trainer)
+            except (ValueError, TypeError) as error:
+                raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            if (other := balancing_part(trainer)) is not None:
+                rank_zero_warn(
+                    f"{type(self).__name__} and {other} both balance the classes: the rare ones are corrected twice."
+                    " Keep one, or take a milder scheme for each, such as 'sqrt'."
+                )
+        if self._acts_on_loss:
+            self._correction.to(pl_module.device)
+            self._step = ReplacedStep(trainer.strategy, self._weighted_step(pl_module))
+        super().on_train_start(trainer, pl_module)
+
+    def _prepare_numbers(self, trainer: pl.Trainer) -> None:
+        # For weights that are given, the counts only set the scale: not worth reading all samples for.
+        needed = self.weights == "auto" or self.tau is not None
+        try:
+            counts = count_classes(trainer, self.target_key, read=needed)
+            self._counts = ClassCounts(*agree(trainer, (counts.counts, counts.total)))
+        except (ValueError, TypeError):
+            if needed:
+                raise
+            self._counts = None  # given weights do without
+        known = self._counts
+        if self.tau is not None:
+            assert known is not None
+            self._correction = LossCorrection.adjustment(known.counts, known.total, self.tau)
+        elif self.weights == "auto":
+            assert known is not None
+            self._correction = LossCorrection.from_counts(known.counts, known.total, self.scheme, self.beta)
+        else:
+            assert self.weights is not None
+            names = class_names(trainer)
+            number = max(len(known.counts) if known else 0, len(names))
+            given = self.weights
+            values = dict_to_list(given, number, names) if isinstance(given, Mapping) else given
+            if names and len(values) != len(names):
+                raise ValueError(f"There are {len(values)} weights, but {len(names)} classes: {', '.join(names)}.")
+            counted = None if known is None else torch.cat([known.counts, known.counts.new_zeros(number)])[:number]
+            self._correction = LossCorrection.from_weights(values, counted, known.total if known else None)
+
+    def _weighted_step(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
+        untried = True
+
+        def training_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal untried
+            if not (self._started or untried):
+                return step(*args, **kwargs)
+            correction = self._correction if self._started else LossCorrection()
+            with corrected_losses(self._found, correction, self.functional):
+                output = step(*args, **kwargs)
+            if untried and not correction.calls:
+                raise MisconfigurationException(self._not_called(pl_module))
+            untried = False  # a loss that cannot be weighted is refused at the first step, not at a deferred start
+            return output
+
+        return training_step
+
+    def _not_called(self, pl_module: pl.LightningModule) -> str:
+        found = ", ".join(sorted({type(loss).__name__ for loss in self._found})) or "torch's loss functions"
+        advice = (
+            "Compute the loss with one of the functions that are known (F.cross_entropy, F.nll_loss,"
+            " F.binary_cross_entropy_with_logits), or weight it in the module with class_weights"
+            if self.functional
+            else "If it calls F.cross_entropy or another function of torch, pass functional=True"
+        )
+        return (
+            f"The first training_step of {type(pl_module).__name__} did not call {found}, so {type(self).__name__} has"
+            f" nothing to act on. {advice}."
+        )
+
+    # ---- when
+
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins, when it is time."""
+        if self._started or not self._acts_on_loss or trainer.current_epoch < self.start:
+            return
+        self._started = True
+        if self.tau is not None:
+            self.record(trainer, "logit adjustment begins", tau=self.tau)
+            return
+        weights = self._correction.classes if self._correction.classes is not None else self._correction.labels
+        assert weights is not None
+        least, most = float(weights.min()), float(weights.max())
+        self.record(trainer, "class weights begin", least=least, most=most, ratio=most / least if least else most)
+
+    # ---- outputs
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adjusts the outputs, or watches them to fit the correction."""
+        if trainer.sanity_checking:
+            return
+        if self.adjust == "outputs":
+            self._balance_outputs(pl_module)
+        elif self.correct_prior == "fit" and trainer.state.fn == TrainerFn.FITTING:
+            self._outputs.watch(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps logits and targets for the fit."""
+        if dataloader_idx == 0:
+            self._outputs.keep(batch, self.target_key)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fits the correction."""
+        seen = self._outputs.close()
+        if seen is not None and self.trained_prior is not None and self._counts is not None:
+            fitted = fit_prior_correction(*seen, self.trained_prior, self._counts.counts)
+            self._strength = agree(trainer, fitted.strength)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adjusts the outputs."""
+        if self.adjust == "outputs":
+            self._balance_outputs(pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the outputs alone again."""
+        self._outputs.close()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adjusts the outputs or corrects their prior."""
+        if self.adjust == "outputs":
+            self._balance_outputs(pl_module)
+        elif self.correct_prior:
+            true, strength = self._known_counts(), self._strength
+            trained = self.trained_prior
+            assert trained is not None
+            self._outputs.change(pl_module, lambda logits: correct_prior(logits, trained, true, strength=strength))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the outputs alone again."""
+        self._outputs.close()
+
+    def _balance_outputs(self, pl_module: pl.LightningModule) -> None:
+        offsets = logit_adjustment(self._known_counts(), self.tau or 1.0)
+        self._outputs.change(pl_module, lambda logits: adjust_logits(logits, offsets))
+
+    def _known_counts(self) -> Tensor:
+        if self._counts is None or self._counts.total is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} knows no class counts to change the outputs by: fit first, or pass the"
+                " ckpt_path of a run that had it. With several labels a sample use the functions of this package."
+            )
+        return self._counts.counts
+
+    # ---- the end
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves training step and outputs as they were."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves training step and outputs as they were."""
+        super().teardown(trainer, pl_module, stage)
+        self._release()
+
+    def _release(self) -> None:
+        self._outputs.close()
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+        self._found = []
