@@ -2,6 +2,7 @@
 
 from lightning_tips.core import RunReportCallback
 from lightning_tips.imbalance import (
+    ClassReportCallback,
     ClassWeightCallback,
     ImbalancedSampler,
     ImbalancedSamplerCallback,
@@ -11,6 +12,7 @@ from lightning_tips.imbalance import (
 from lightning_tips.optimizer import OptimizerSwitchCallback
 
 __all__ = [
+    "ClassReportCallback",
     "ClassWeightCallback",
     "ImbalancedSampler",
     "ImbalancedSamplerCallback",

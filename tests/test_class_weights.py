@@ -641,7 +641,7 @@ def test_compiled_module(tmp_path) -> None:
 @pytest.mark.parametrize("start", [0, 2])
 def test_resume_is_exact(start: int, functional: bool, tmp_path) -> None:
     def run(*callbacks: Callback, **arguments: Any) -> Any:
-        tip = ClassWeightCallback(start_epoch=start, functional=functional, correct_prior="fit")
+        tip = ClassWeightCallback(start_epoch=start, functional=functional)
         module = seeded(PlainModule if functional else WithCriterion)
         trainer = fit(tip, *callbacks, folder=tmp_path, module=module, data=RareData(), max_epochs=4, **arguments)
         assert len(tip.events) == 1
@@ -796,8 +796,6 @@ def test_data_without_labels_is_refused(tmp_path) -> None:
         ({"weights": None, "logit_adjustment": -1.0}, "tau must be positive"),
         ({"adjust": "outputs"}, "pass logit_adjustment"),
         ({"weights": None, "logit_adjustment": 1.0, "adjust": "output"}, "Did you mean 'outputs'"),
-        ({"weights": None, "correct_prior": True}, "no prior to correct"),
-        ({"correct_prior": "fitt"}, "correct_prior must be"),
     ],
 )
 def test_bad_arguments(arguments, message) -> None:
@@ -877,25 +875,6 @@ def test_logit_adjustment_by_the_callback(tmp_path) -> None:
     torch.testing.assert_close(
         predictions(fresh, module, ckpt_path=tmp_path / "kept" / "epoch-epoch=1.ckpt"), logits - offsets
     )
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("correct", [True, "fit"])
-def test_prior_is_corrected_at_predict_time_from_the_checkpoint(correct, tmp_path) -> None:
-    run = {"folder": tmp_path, "data": RareData(), "max_epochs": 2}
-    tip = ClassWeightCallback(correct_prior=correct)
-    trainer = fit(tip, every_epoch(tmp_path / "kept"), module=seeded(Predicts), **run)
-    state = torch.load(tmp_path / "kept" / "epoch-epoch=1.ckpt", weights_only=True)["callbacks"][tip.state_key]
-    assert state["trained_prior"] == pytest.approx([0.1] * 10)
-    assert (state["strength"] == 1.0) == (correct is True)
-    plain, module = build(folder=tmp_path, module=seeded(Predicts))
-    path = tmp_path / "kept" / "epoch-epoch=1.ckpt"
-    logits = predictions(plain, module, ckpt_path=path)
-    expected = correct_prior(logits, state["trained_prior"], state["counts"], strength=state["strength"])
-    torch.testing.assert_close(predictions(trainer, trainer.lightning_module), expected)
-    fresh, module = build(ClassWeightCallback(correct_prior=correct), folder=tmp_path, module=seeded(Predicts))
-    torch.testing.assert_close(predictions(fresh, module, ckpt_path=path), expected)
-    assert "forward" not in vars(module)
 
 
 # ---- two ranks

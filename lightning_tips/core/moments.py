@@ -15,13 +15,34 @@ from lightning_tips.core.batch import targets_of
 __all__ = ["Outputs", "ReplacedStep", "changed_outputs"]
 
 
+class _ChangedForward:
+    """Stands in the place of a module's ``forward`` while anybody changes its outputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.before = vars(module).get("forward")
+        self.forward = module.forward
+        self.name = type(module).__name__
+        self.changes: list[Callable[[Tensor], Tensor]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.forward(*args, **kwargs)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(
+                f"{self.name} returns {type(output).__name__} where logits were expected as a tensor. Let forward"
+                " return the logits, or adjust them where they are used."
+            )
+        for change in self.changes:
+            output = change(output)
+        return output
+
+
 @contextmanager
 def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While it is open, the tensors that ``module(...)`` returns pass through ``change``.
 
-    For example ``changed_outputs(model, lambda logits: adjust_logits(logits, offsets))``. The forward is replaced on
-    the instance: under DDP Lightning sends validation and prediction steps through ``module(...)`` too, and a forward
-    hook would see their outputs as well as the logits.
+    For example ``changed_outputs(model, lambda logits: logits - offsets)``. Several may be open, and close in any
+    order. The forward is replaced on the instance: under DDP Lightning sends validation and prediction steps through
+    ``module(...)`` too, and a forward hook would see their outputs as well as the logits.
 
     Args:
         module: Returns logits as a tensor.
@@ -30,26 +51,19 @@ def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
     Raises:
         TypeError: If the module returns something else than a tensor, as soon as it does.
     """
-    forward = module.forward
-    before = vars(module).get("forward")
-
-    def changed(*args: Any, **kwargs: Any) -> Tensor:
-        output = forward(*args, **kwargs)
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(
-                f"{type(module).__name__} returns {type(output).__name__} where logits were expected as a tensor. Let"
-                " forward return the logits, or adjust them where they are used."
-            )
-        return change(output)
-
+    there = vars(module).get("forward")
+    changed = there if isinstance(there, _ChangedForward) else _ChangedForward(module)
     module.forward = changed
+    changed.changes.append(change)
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+        changed.changes.remove(change)
+        if not changed.changes and vars(module).get("forward") is changed:
+            if changed.before is None:
+                del module.forward
+            else:
+                module.forward = changed.before
 
 
 class ReplacedStep:

@@ -2,6 +2,7 @@
 
 from lightning_tips.core import bin_targets, class_counts, find_labels
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
+from lightning_tips.imbalance.class_report import ClassReportCallback
 from lightning_tips.imbalance.find_losses import corrected_losses, find_losses
 from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import (
@@ -25,6 +26,7 @@ from lightning_tips.imbalance.weight_callback import ClassWeightCallback
 from lightning_tips.imbalance.weights import class_weights
 
 __all__ = [
+    "ClassReportCallback",
     "ClassWeightCallback",
     "ImbalancedBatchSampler",
     "ImbalancedSampler",

@@ -26,8 +26,8 @@ from lightning_tips.core import (
 )
 from lightning_tips.core.lightning_private import with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
+from lightning_tips.imbalance.plots import show_balance
 from lightning_tips.imbalance.sampler import ImbalancedSampler
-from lightning_tips.imbalance.show import show_balance
 from lightning_tips.imbalance.strategies import Strategy
 
 
@@ -195,6 +195,15 @@ class ImbalancedSamplerCallback(TipCallback):
                 f"The ranks have different training labels, so {type(self).__name__} cannot share them out. A split"
                 " without a seed does that: give random_split a generator with one."
             )
+
+    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws the epoch that it is.
+
+        Lightning gives ``set_epoch`` another count, which leaves one out on a resume where steps are counted
+        (``max_steps`` without ``max_epochs``).
+        """
+        for sampler in self.samplers:
+            sampler.set_epoch(trainer.current_epoch)
 
     # ---- what the user sees
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class
 from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
 from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import LossCorrection
-from lightning_tips.imbalance.prior import correct_prior, fit_prior_correction, weighted_prior
+from lightning_tips.imbalance.prior import weighted_prior
 from lightning_tips.imbalance.weights import Scheme, class_weights, dict_to_list
 
 
@@ -44,9 +43,6 @@ class ClassWeightCallback(TipCallback):
             ``weights="auto"`` then stands back, and others are refused.
         adjust: ``"loss"`` adds the logarithm of the prior to the logits in the training loss. ``"outputs"`` trains
             plainly and subtracts it from what ``forward`` returns in validation, test and prediction.
-        correct_prior: At predict time, brings the logits that ``forward`` returns back to the prior of the training
-            data, which balanced training has inflated for rare classes: ``True`` by the shift, ``"fit"`` with a
-            strength of it that each validation fits. For predictions from a checkpoint, everything needed is in it.
         target_key: Key of the targets where samples and batches are dicts, if it is none of the usual ones.
     """
 
@@ -63,7 +59,6 @@ class ClassWeightCallback(TipCallback):
         losses: list[str] | None = None,
         logit_adjustment: float | None = None,
         adjust: Literal["loss", "outputs"] = "loss",
-        correct_prior: bool | Literal["fit"] = False,
         target_key: str | None = None,
     ) -> None:
         self.weights = weights
@@ -74,13 +69,11 @@ class ClassWeightCallback(TipCallback):
         self.losses = losses
         self.tau = logit_adjustment
         self.adjust = adjust
-        self.correct_prior = correct_prior
         self.target_key = target_key
         self._check_arguments()
         self._found: list[nn.Module] = []
         self._step: ReplacedStep | None = None
         self._outputs = Outputs()
-        self._strength = 1.0
         self._counts: ClassCounts | None = None
         self._correction = LossCorrection()
         self._started = False
@@ -109,12 +102,6 @@ class ClassWeightCallback(TipCallback):
             logit_adjustment([1, 1], self.tau)
         if self.adjust not in ("loss", "outputs"):
             raise ValueError(f"There is no adjust={self.adjust!r}. {did_you_mean(self.adjust, ('loss', 'outputs'))}")
-        if self.correct_prior not in (True, False, "fit"):
-            raise ValueError(f"correct_prior must be True, False or 'fit', not {self.correct_prior!r}.")
-        if self.correct_prior and self.adjust == "outputs":
-            raise ValueError("adjust='outputs' balances predictions and correct_prior undoes it; choose one of them.")
-        if self.correct_prior and self.weights is None and self.tau is None:
-            raise ValueError("Without weights or logit_adjustment there is no prior to correct; pass one of them.")
 
     @property
     def _acts_on_loss(self) -> bool:
@@ -158,7 +145,6 @@ class ClassWeightCallback(TipCallback):
         self._started = False
         self._counts = None
         self._correction = LossCorrection()
-        self._strength = 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint, with the prior that the training teaches."""
@@ -169,13 +155,11 @@ class ClassWeightCallback(TipCallback):
             "total": None if self._counts is None else self._counts.total,
             "weights": None if self._correction.classes is None else self._correction.classes.tolist(),
             "trained_prior": None if prior is None else prior.tolist(),
-            "strength": self._strength,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up :meth:`state_dict`. Weights are made anew from the data, which must be the same."""
         self._started = bool(state["started"])
-        self._strength = float(state["strength"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also takes up the prior from a checkpoint that is only predicted from."""
@@ -331,33 +315,13 @@ class ClassWeightCallback(TipCallback):
     # ---- outputs
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adjusts the outputs, or watches them to fit the correction."""
-        if trainer.sanity_checking:
-            return
-        if self.adjust == "outputs":
+        """Adjusts the outputs."""
+        if self.adjust == "outputs" and not trainer.sanity_checking:
             self._balance_outputs(pl_module)
-        elif self.correct_prior == "fit" and trainer.state.fn == TrainerFn.FITTING:
-            self._outputs.watch(pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps logits and targets for the fit."""
-        if dataloader_idx == 0:
-            self._outputs.keep(batch, self.target_key)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Fits the correction."""
-        seen = self._outputs.close()
-        if seen is not None and self.trained_prior is not None and self._counts is not None:
-            fitted = fit_prior_correction(*seen, self.trained_prior, self._counts.counts)
-            self._strength = agree(trainer, fitted.strength)
+        """Leaves the outputs alone again."""
+        self._outputs.close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adjusts the outputs."""
@@ -369,14 +333,9 @@ class ClassWeightCallback(TipCallback):
         self._outputs.close()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adjusts the outputs or corrects their prior."""
+        """Adjusts the outputs."""
         if self.adjust == "outputs":
             self._balance_outputs(pl_module)
-        elif self.correct_prior:
-            true, strength = self._known_counts(), self._strength
-            trained = self.trained_prior
-            assert trained is not None
-            self._outputs.change(pl_module, lambda logits: correct_prior(logits, trained, true, strength=strength))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""

@@ -1,4 +1,4 @@
-"""What the user sees of the class balance: a table and a bar plot of the counts, before and after."""
+"""What the user sees of the classes: counts before and after as a table and a plot, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from lightning_tips.core import log_picture, render_table, report_folder, say
 
@@ -79,4 +80,36 @@ def plot_balance(before: Any, after: Any, what: str, labels: Sequence[str], path
     axis.set_ylabel("samples an epoch")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def plot_confusion(confusion: Tensor, labels: Sequence[str], path: Path) -> None:
+    """The confusion matrix, each row as shares of its class.
+
+    Args:
+        confusion: (C, C) counts, true classes in rows.
+        labels: Names of the classes.
+        path: The PNG to write.
+    """
+    counts = confusion.double().numpy()
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    classes = len(counts)
+    side = min(max(4.0, 0.5 * classes + 1.5), 14.0)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    image = axis.imshow(shares, vmin=0.0, vmax=1.0, cmap="Blues")
+    figure.colorbar(image, ax=axis, shrink=0.8, label="share of the true class")
+    if classes <= 20:
+        for row in range(classes):
+            for column in range(classes):
+                dark = shares[row, column] > 0.5
+                text = f"{100 * shares[row, column]:.0f}"
+                axis.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "0.3")
+    if classes <= 40:
+        axis.set_xticks(range(classes), labels, rotation=45, ha="right")
+        axis.set_yticks(range(classes), [f"{label} ({int(n)})" for label, n in zip(labels, totals[:, 0], strict=True)])
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true (samples)")
     figure.savefig(path, dpi=110)

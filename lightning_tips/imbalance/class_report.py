@@ -1,0 +1,255 @@
+"""`ClassReportCallback`: what a network does with each class, and its probabilities brought back to the real world."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_tips.core import Outputs, find_tips, log_picture, render_table, report_folder, say
+from lightning_tips.imbalance.counting import class_names, count_classes
+from lightning_tips.imbalance.plots import plot_confusion
+from lightning_tips.imbalance.prior import best_threshold, correct_prior, fit_prior_correction
+
+MOST_CLASSES = 20
+"""Up to so many classes the recall of each is logged by itself."""
+
+
+@dataclass
+class Correction:
+    """What brings the probabilities back, found on validation data; plain numbers, as they go into a checkpoint.
+
+    Attributes:
+        trained_prior: Share of each class in what the network was trained on.
+        true_prior: Share of each class in the training data.
+        strength: Fitted factor of the shift between the two.
+        threshold: With two classes: the corrected probability of the second from which on it is best to decide for
+            it, by balanced accuracy.
+    """
+
+    trained_prior: list[float]
+    true_prior: list[float]
+    strength: float = 1.0
+    threshold: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The corrected logits."""
+        return correct_prior(logits, self.trained_prior, self.true_prior, strength=self.strength)
+
+
+class ClassReportCallback(pl.Callback):
+    """Shows what the network does with each class, and corrects its probabilities where they are used.
+
+    Works for every module whose ``forward`` returns logits and whose ``validation_step`` calls it: they are looked at
+    as they pass. Each validation logs ``classes/balanced_accuracy`` and ``classes/recall_<class>``, which can be
+    monitored; the end of fit leaves a table and the confusion matrix.
+
+    Where a tip beside it balances the classes, it also fits how to bring the probabilities back to the share that the
+    classes have in the training data: a shift of the logits (Saerens et al. 2002) with one fitted strength, and with
+    two classes the best threshold. Both are in the table and in the checkpoint.
+
+    Args:
+        correct: Whether ``trainer.predict`` works with corrected logits. From a checkpoint everything needed is in it.
+        target_key: Key of the targets in batches that are dicts, if it is none of the usual ones.
+    """
+
+    def __init__(self, correct: bool = False, target_key: str | None = None) -> None:
+        self.correct = correct
+        self.target_key = target_key
+        self.correction: Correction | None = None
+        """Found in the last validation, or in the checkpoint that was loaded."""
+        self.confusion: Tensor | None = None
+        """(C, C) counts of the last validation over all ranks: true classes in rows, predicted ones in columns."""
+        self._outputs = Outputs()
+        self._table = ""
+        self._names: list[str] = []
+        self._true: Tensor | None = None  # share of each class in the training data
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The correction, as plain data."""
+        return {"correction": None if self.correction is None else asdict(self.correction)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the correction, for predictions too."""
+        found = state_dict["correction"]
+        self.correction = None if found is None else Correction(**found)
+
+    # ---- validation
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Starts afresh with a new run."""
+        self._outputs.close()
+        self._true = None
+        if stage == "fit" and trainer.global_step == 0:
+            self.correction, self.confusion, self._table = None, None, ""
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watches what ``forward`` returns."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._outputs.watch(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps logits and targets."""
+        if dataloader_idx == 0:
+            self._outputs.keep(batch, self.target_key)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts, fits and logs."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        seen = self._outputs.close()
+        if seen is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} saw no logits in validation: validation_step of {type(pl_module).__name__} does"
+                " not call self(...). Let it, or leave the callback out."
+            )
+        logits, targets = (_gathered(trainer, part) for part in seen)
+        logits = _as_columns(logits, targets)
+        confusion = confusion_matrix(logits, targets)
+        self.confusion = confusion
+        self._names = class_names(trainer) or [str(c) for c in range(len(confusion))]
+        recall = recalls(confusion)
+        pl_module.log("classes/balanced_accuracy", recall[~recall.isnan()].mean(), sync_dist=True)
+        if len(recall) <= MOST_CLASSES:
+            known = {f"classes/recall_{self._names[c]}": r for c, r in enumerate(recall) if not r.isnan()}
+            pl_module.log_dict(known, sync_dist=True)
+        self._fit_correction(trainer, logits, targets)
+        self._table = self._make_table(logits, targets)
+
+    def _fit_correction(self, trainer: pl.Trainer, logits: Tensor, targets: Tensor) -> None:
+        trained = [t for tip in find_tips(trainer) if (t := getattr(tip, "trained_prior", None)) is not None]
+        if not trained:
+            return
+        if self._true is None:
+            counts = count_classes(trainer, self.target_key).counts.double()
+            self._true = counts / counts.sum()
+        true = self._true
+        prior = true.clone()
+        for one in trained:  # a sampler and weights beside it teach the product of what each teaches
+            prior *= one.double() / true
+        prior /= prior.sum()
+        fitted = fit_prior_correction(logits, targets, prior, true, "shift")
+        self.correction = Correction(prior.tolist(), true.tolist(), fitted.strength)
+        if len(true) == 2 and len(targets.unique()) == 2:
+            corrected = self.correction(logits).softmax(1)[:, 1]
+            self.correction.threshold = best_threshold(corrected, targets).value
+
+    # ---- what the user sees
+
+    def _make_table(self, logits: Tensor, targets: Tensor) -> str:
+        assert self.confusion is not None
+        recall, predicted = recalls(self.confusion), self.confusion.sum(0)
+        precision = self.confusion.diag() / predicted
+        columns = ["class", "samples", "recall", "precision", "mean prob."]
+        raw = logits.softmax(1).mean(0)
+        corrected = None if self.correction is None else self.correction(logits).softmax(1).mean(0)
+        if corrected is not None:
+            columns += ["corrected", "prevalence"]
+        rows = []
+        for c in range(len(recall)):
+            row = [self._names[c], f"{int(self.confusion[c].sum()):,}", f"{recall[c]:.1%}", f"{precision[c]:.1%}"]
+            row.append(f"{raw[c]:.2%}")
+            if corrected is not None and self.correction is not None:
+                row += [f"{corrected[c]:.2%}", f"{self.correction.true_prior[c]:.2%}"]
+            rows.append(row)
+        mean = recall[~recall.isnan()].mean()
+        text = f"Classes in the last validation: balanced accuracy {mean:.1%}\n{render_table(columns, rows)}"
+        if self.correction is not None and self.correction.threshold is not None:
+            text += (
+                f"\nBest threshold of the corrected probability of {self._names[1]}: {self.correction.threshold:.3f}"
+                " by balanced accuracy, on these data."
+            )
+        return text
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Shows the table, leaves the confusion matrix."""
+        if not self._table:
+            return
+        say(trainer, self._table)
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.confusion is not None:
+            path = report_folder(trainer) / "confusion.png"
+            plot_confusion(self.confusion, self._names, path)
+            log_picture(trainer, "tips/confusion", path)
+
+    # ---- prediction
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Corrects what ``forward`` returns."""
+        if not self.correct:
+            return
+        if self.correction is None:
+            rank_zero_warn(
+                f"{type(self).__name__} has no correction to apply: fit with a tip that balances the classes beside it,"
+                " or pass the ckpt_path of such a run. Predictions stay as they are."
+            )
+            return
+        self._outputs.change(pl_module, self.correction)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the outputs alone again."""
+        self._outputs.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the outputs alone again."""
+        self._outputs.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the outputs alone again."""
+        self._outputs.close()
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
+    """Counts (C, C): true classes in rows, the ones with the largest logit in columns.
+
+    Args:
+        logits: (N, C).
+        targets: Class indices (N,); negative ones are left out.
+    """
+    classes = logits.shape[1]
+    known = targets >= 0
+    pairs = targets[known].long() * classes + logits[known].argmax(1)
+    return pairs.bincount(minlength=classes * classes).reshape(classes, classes)
+
+
+def recalls(confusion: Tensor) -> Tensor:
+    """Share of each class that was found (C,); NaN for a class without samples."""
+    return confusion.diag() / confusion.sum(1)
+
+
+def _gathered(trainer: pl.Trainer, mine: Tensor) -> Tensor:
+    """All ranks' parts, one after the other; they may differ in length."""
+    if trainer.world_size == 1:
+        return mine
+    parts = gather_all_tensors(mine.to(trainer.strategy.root_device))
+    return torch.cat([part.cpu() for part in parts])
+
+
+def _as_columns(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits (N, C), also where a binary network gives one for the second class."""
+    if logits.ndim == 2 and logits.shape[1] == 1:
+        logits = logits[:, 0]
+    if logits.ndim == 1:
+        logits = torch.stack([torch.zeros_like(logits), logits], 1)
+    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+        raise MisconfigurationException(
+            f"ClassReportCallback needs logits (N, C) and class indices (N,), not {tuple(logits.shape)} and"
+            f" {tuple(targets.shape)} of {targets.dtype}."
+        )
+    return logits.float()
