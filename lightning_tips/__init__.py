@@ -2,6 +2,7 @@
 
 from lightning_tips.core import RunReportCallback
 from lightning_tips.imbalance import (
+    ClassAugmentationCallback,
     ClassReportCallback,
     ClassWeightCallback,
     ImbalancedSampler,
@@ -12,6 +13,7 @@ from lightning_tips.imbalance import (
 from lightning_tips.optimizer import OptimizerSwitchCallback
 
 __all__ = [
+    "ClassAugmentationCallback",
     "ClassReportCallback",
     "ClassWeightCallback",
     "ImbalancedSampler",

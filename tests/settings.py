@@ -156,7 +156,17 @@ def weighted_the_loss(trainer: Trainer, tip: Any) -> None:
     assert tip.trained_prior.max() - tip.trained_prior.min() < 1e-6
 
 
+def augmented_all(trainer: Trainer, tip: Any) -> None:
+    assert [(event.what, event.step) for event in tip.events] == [("augments all classes alike", 0)]
+    assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
+
+
 SETTINGS = [
+    Setting(
+        lightning_tips.ClassAugmentationCallback,
+        augmented_all,
+        {"augment": {"class_path": "torchvision.transforms.v2.RandomErasing", "init_args": {"p": 0.8}}},
+    ),
     Setting(
         lightning_tips.ClassWeightCallback,
         weighted_the_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,3 +58,17 @@ def _part(batch: Any, given: str | None, known: Sequence[str], position: int, ro
         f"Expected a batch of (inputs, targets, ...) or a dict, got {type(batch).__name__}. Let the dataset return"
         " pairs or a dict."
     )
+
+
+def replace_inputs(batch: Any, inputs: Any, key: str | None = None) -> Any:
+    """A batch of the same form with other inputs; the batch itself stays as it is. See :func:`inputs_of`."""
+    if isinstance(batch, Tensor):
+        return inputs
+    inputs_of(batch, key)  # raises for a batch of another form
+    if isinstance(batch, Mapping):
+        found = key if key is not None else next(k for k in INPUT_KEYS if k in batch)
+        changed: Any = copy.copy(batch)  # a dict, or what behaves like one
+        changed[found] = inputs
+        return changed
+    parts = [inputs, *batch[1:]]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
