@@ -656,3 +656,31 @@ def test_wrong_folders(tmp_path):
     make_folder(tmp_path, {"cat": 5, "dog": 1})
     with pytest.raises(ValueError, match=r"at least 2 samples .* dog \(1\)"):
         ImageFolderDataModule(str(tmp_path)).setup("fit")
+
+
+def test_class_counts_make_data_imbalanced_and_validation_keeps_the_shares() -> None:
+    data = DigitsDataModule(class_counts={0: 100, 1: 20, 7: 4}, val_fraction=0.25)
+    data.setup()
+    assert data.train_set.targets.bincount(minlength=10).tolist() == [100, 20, 0, 0, 0, 0, 0, 4, 0, 0]
+    val = data.val_set.targets.bincount(minlength=10)
+    assert 25 <= val[0] <= 40
+    assert val[0] // 5 <= val[1] + 1
+    assert val[7] >= 1
+    assert set(data.test_set.targets.tolist()) == {0, 1, 7}
+    again = DigitsDataModule(class_counts=[100, 20, 1, 1, 1, 1, 1, 4, 1, 1], val_fraction=0.25)
+    again.setup("fit")
+    assert again.train_set.targets.bincount().tolist() == [100, 20, 1, 1, 1, 1, 1, 4, 1, 1]
+    with pytest.raises(ValueError, match="0 to 9"):
+        DigitsDataModule(class_counts={10: 5}).setup()
+
+
+@pytest.mark.parametrize("positive", [3, "3"])
+def test_one_class_against_all_others(positive: int | str) -> None:
+    plain, data = DigitsDataModule(), DigitsDataModule(positive_class=positive)
+    for module in (plain, data):
+        module.setup()
+    assert data.num_classes == 2
+    assert torch.equal(data.train_set.targets, (plain.train_set.targets == 3).long())
+    assert torch.equal(data.train_set[5][0], plain.train_set[5][0])
+    with pytest.raises(ValueError, match="none of 0, 1, 2"):
+        DigitsDataModule(positive_class="three").setup()

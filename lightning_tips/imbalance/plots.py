@@ -78,7 +78,7 @@ def plot_balance(before: Any, after: Any, what: str, labels: Sequence[str], path
         axis.set_xticks(places, labels, rotation=45 if long else 0, ha="right" if long else "center")
     axis.set_xlabel("class")
     axis.set_ylabel("samples an epoch")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 

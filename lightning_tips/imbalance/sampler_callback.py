@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_tips.core import (
     ActsOn,
@@ -26,6 +26,7 @@ from lightning_tips.core import (
 )
 from lightning_tips.core.lightning_private import with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
+from lightning_tips.imbalance.counting import class_names
 from lightning_tips.imbalance.plots import show_balance
 from lightning_tips.imbalance.sampler import ImbalancedSampler
 from lightning_tips.imbalance.strategies import Strategy
@@ -159,7 +160,7 @@ class ImbalancedSamplerCallback(TipCallback):
                 " its order itself. Use a dataset with __getitem__ and __len__, or class weights in the loss"
                 " (ClassWeightCallback)."
             )
-        if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+        if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
             rank_zero_info(f"{type(self).__name__} replaces the {type(loader.sampler).__name__} of a training loader.")
         try:
             sampler = self._make(trainer, loader)
@@ -225,11 +226,12 @@ class ImbalancedSamplerCallback(TipCallback):
                     ratio=float(drawn.max() / drawn[drawn > 0].min()),
                     epoch_size=sampler.epoch_size,
                 )
+        names = class_names(trainer)
         for number, sampler in enumerate(self.samplers if self.show else []):
             # The last one, with several labels a sample, is of the samples without any.
             drawn = sampler.draws_per_class()[: len(sampler.counts)]
             picture = f"class_balance_{number}" if number else "class_balance"
-            show_balance(trainer, sampler.counts, drawn, "drawn an epoch", picture=picture)
+            show_balance(trainer, sampler.counts, drawn, "drawn an epoch", names, picture)
 
     # ---- the end
 

@@ -16,6 +16,7 @@ from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class
 from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
 from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import LossCorrection
+from lightning_tips.imbalance.plots import show_balance
 from lightning_tips.imbalance.prior import weighted_prior
 from lightning_tips.imbalance.weights import Scheme, class_weights, dict_to_list
 
@@ -44,6 +45,7 @@ class ClassWeightCallback(TipCallback):
         adjust: ``"loss"`` adds the logarithm of the prior to the logits in the training loss. ``"outputs"`` trains
             plainly and subtracts it from what ``forward`` returns in validation, test and prediction.
         target_key: Key of the targets where samples and batches are dicts, if it is none of the usual ones.
+        show: Whether to show what each class weighs, as a table and a plot.
     """
 
     tip = "imbalance"
@@ -60,6 +62,7 @@ class ClassWeightCallback(TipCallback):
         logit_adjustment: float | None = None,
         adjust: Literal["loss", "outputs"] = "loss",
         target_key: str | None = None,
+        show: bool = True,
     ) -> None:
         self.weights = weights
         self.scheme: Scheme = scheme
@@ -70,6 +73,7 @@ class ClassWeightCallback(TipCallback):
         self.tau = logit_adjustment
         self.adjust = adjust
         self.target_key = target_key
+        self.show = show
         self._check_arguments()
         self._found: list[nn.Module] = []
         self._step: ReplacedStep | None = None
@@ -238,6 +242,11 @@ class ClassWeightCallback(TipCallback):
             self._correction.to(pl_module.device)
             self._step = ReplacedStep(trainer.strategy, self._weighted_step(pl_module))
         super().on_train_start(trainer, pl_module)
+        weights = self._correction.classes
+        if self.show and self._counts is not None and self._counts.total is None and weights is not None:
+            counts = self._counts.counts
+            seen = counts * weights.cpu()
+            show_balance(trainer, counts, seen, "weigh as much as", class_names(trainer), "class_weights")
 
     def _prepare_numbers(self, trainer: pl.Trainer) -> None:
         # For weights that are given, the counts only set the scale: not worth reading all samples for.

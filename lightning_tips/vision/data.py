@@ -57,6 +57,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         targets: (len(self),) int64, the labels in the order of this dataset, as torchvision's datasets call them.
+        classes: Names of the classes, likewise; empty where nobody gave them.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         self.scale = scale
         self.image_size = image_size
         self.targets = labels[self.indices]
+        self.classes: tuple[str, ...] = ()
 
     def subset(self, indices: Tensor) -> ImageDataset:
         """Return the dataset of the samples at these positions (int64) of this one."""
@@ -161,6 +163,11 @@ class ImageDataModule(LightningDataModule):
         image_size: Height and width that images are resized to; None: as they are.
         train_size: Train on this many samples, chosen stratified; a greater number contains the smaller one's samples,
             and the validation part stays. None: all.
+        class_counts: Train on at most so many images of each class, by its number in a dict (those it does not name
+            are left out) or in a list; the validation part keeps these shares. Makes data imbalanced, for examples.
+            None: all.
+        positive_class: Tell this class (number or name) from all others: labels become 1 for it, 0 for the others.
+            None: all classes by themselves.
 
     Attributes:
         train_set: Set by `setup`; so are `val_set` and `test_set`.
@@ -181,6 +188,8 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         image_size: int | None = None,
         train_size: int | None = None,
+        class_counts: dict[int, int] | list[int] | None = None,
+        positive_class: int | str | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -197,6 +206,8 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.image_size = image_size
         self.train_size = train_size
+        self.class_counts = class_counts
+        self.positive_class = positive_class
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
@@ -204,7 +215,15 @@ class ImageDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes, known before `setup`."""
-        return len(self.class_names)
+        return len(self.class_names) if self.positive_class is None else 2
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """What each label stands for: `class_names`, or with `positive_class` the others and it."""
+        positive = self.positive_class
+        if positive is None:
+            return self.class_names
+        return "others", positive if isinstance(positive, str) else self.class_names[positive]
 
     @abstractmethod
     def load_train(self) -> tuple[ImageDataset, ImageDataset | None]:
@@ -220,9 +239,41 @@ class ImageDataModule(LightningDataModule):
             train, val = self.load_train()
             if val is None:
                 train, val = self._split_validation(train)
-            self.train_set, self.val_set = self._choose_train(train), val
+            if self.class_counts is not None:
+                share = len(val) / len(train)
+                train, val = self._imbalanced(train, 1.0), self._imbalanced(val, share)
+            self.train_set, self.val_set = self._relabel(self._choose_train(train)), self._relabel(val)
+            self.train_set.classes = self.label_names
         if stage in (None, "test", "predict") and self.test_set is None:
-            self.test_set = self.load_test()
+            test = self.load_test()
+            self.test_set = self._relabel(test if self.class_counts is None else self._imbalanced(test, None))
+
+    def _imbalanced(self, data: ImageDataset, share: float | None) -> ImageDataset:
+        """At most `share` of `class_counts` of each class, at least one; None: all of the classes that it names."""
+        assert self.class_counts is not None
+        given = self.class_counts
+        counts = given if isinstance(given, dict) else dict(enumerate(given))
+        if wrong := {c: n for c, n in counts.items() if not 0 <= c < len(self.class_names) or n < 1}:
+            raise ValueError(
+                f"class_counts={wrong}: the classes are 0 to {len(self.class_names) - 1}, each with 1 image or more."
+            )
+        chosen = []
+        for label, count in counts.items():
+            members = torch.nonzero(data.targets == label).flatten()
+            order = torch.randperm(len(members), generator=torch.Generator().manual_seed(self.seed))
+            chosen.append(members[order[: None if share is None else max(round(share * count), 1)]])
+        return data.subset(torch.cat(chosen).sort().values)
+
+    def _relabel(self, data: ImageDataset) -> ImageDataset:
+        if self.positive_class is None:
+            return data
+        positive = self.positive_class
+        if isinstance(positive, str):
+            if positive not in self.class_names:
+                raise ValueError(f"positive_class={positive!r} is none of {', '.join(self.class_names)}.")
+            positive = self.class_names.index(positive)
+        labels = (data.labels == positive).long()
+        return ImageDataset(data.images, labels, data.indices, data.scale, data.image_size)
 
     def _split_validation(self, data: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
         val, rest = self._cut(data, self.val_fraction, self.seed)
@@ -230,7 +281,8 @@ class ImageDataModule(LightningDataModule):
 
     def _cut(self, data: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
         """Cut a stratified `fraction` off; both parts keep the order of `data` and at least one sample per class."""
-        counts = torch.bincount(data.targets, minlength=self.num_classes).tolist()
+        classes = len(self.class_names)
+        counts = torch.bincount(data.targets, minlength=classes).tolist()
         small = [f"{name} ({count})" for name, count in zip(self.class_names, counts, strict=True) if count < 2]
         if small:
             raise ValueError(
@@ -238,7 +290,7 @@ class ImageDataModule(LightningDataModule):
                 f"{', '.join(small)}. Add samples, or leave the class out."
             )
         size = round(fraction * len(data))
-        size = min(max(size, self.num_classes), len(data) - self.num_classes)
+        size = min(max(size, classes), len(data) - classes)
         order = stratified_order(data.targets, seed)
         return data.subset(order[:size].sort().values), data.subset(order[size:].sort().values)
 
