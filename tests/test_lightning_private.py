@@ -8,11 +8,18 @@ import torch
 from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_tips import OptimizerSwitchCallback
-from lightning_tips.core.lightning_private import SHARDED_METADATA, logging_step
+from lightning_tips.core.lightning_private import (
+    SHARDED_METADATA,
+    change_train_loaders,
+    epoch_of_samplers,
+    logging_step,
+    with_sampler,
+)
 
-from harness import STEPS_A_EPOCH, PlainModule, fit
+from harness import STEPS_A_EPOCH, PlainData, PlainModule, build, fit
 
 
 class TwoOptimizers(PlainModule):
@@ -89,3 +96,67 @@ def test_parts_of_torch_schedulers_that_are_copied_to_another_optimizer() -> Non
     plateau._reset()
     assert (plateau.best, plateau.num_bad_epochs) == (float("inf"), 0)
     assert plateau.get_last_lr() == plateau._last_lr
+
+
+class OwnLoader(DataLoader):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, dataset: Any, colour: str, **arguments: Any) -> None:
+        super().__init__(dataset, **arguments)
+        self.colour = colour
+
+
+def test_train_loaders_pass_through_a_change_and_no_more_after_it_was_taken_back(tmp_path: Path) -> None:
+    seen: list[str] = []
+    change = {"undo": lambda: None}
+
+    class Changes(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            change["undo"] = change_train_loaders(
+                trainer, lambda loaders: seen.append(type(loaders).__name__) or loaders
+            )
+
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            change["undo"]()
+
+    trainer = fit(Changes(), folder=tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    assert trainer.global_step == 2 * STEPS_A_EPOCH
+    assert seen == ["ResumableLoader"]
+
+
+def test_loader_keeps_its_class_and_arguments_with_another_sampler(tmp_path: Path) -> None:
+    loaders: list[DataLoader] = []
+
+    class Own(PlainData):
+        def train_dataloader(self) -> DataLoader:
+            return OwnLoader(super().train_dataloader().dataset, colour="red", batch_size=32, drop_last=True)
+
+    class Changes(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            def change(loader: Any) -> Any:
+                loaders.append(with_sampler(loader, SequentialSampler(range(64))))
+                return loaders[-1]
+
+            change_train_loaders(trainer, change)
+
+    trainer = fit(Changes(), folder=tmp_path, data=Own(), max_epochs=1)
+    (loader,) = loaders
+    assert (type(loader), loader.colour, loader.batch_size, loader.drop_last) == (OwnLoader, "red", 32, True)
+    assert trainer.global_step == 2
+
+
+def test_epoch_of_samplers_is_the_one_that_lightning_sets(tmp_path: Path) -> None:
+    said: list[tuple[int, int]] = []
+
+    class Listens(DistributedSampler):
+        def set_epoch(self, epoch: int) -> None:
+            said.append((epoch, epoch_of_samplers(run[0])))
+
+    class Own(PlainData):
+        def train_dataloader(self) -> DataLoader:
+            dataset = super().train_dataloader().dataset
+            return DataLoader(dataset, 32, sampler=Listens(dataset, num_replicas=1, rank=0))
+
+    run = build(folder=tmp_path, max_epochs=3)
+    run[0].fit(run[1], datamodule=Own())
+    assert said == [(0, 0), (1, 1), (2, 2)]

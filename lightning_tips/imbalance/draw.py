@@ -224,6 +224,7 @@ class EpochOrder:
         self._offsets = of_runs(pool.offsets[drawn])
         self._modulus = of_runs(counts).astype(word.kind) if (grouped > 1).any() else None
         # Which remainder a chunk has is drawn, too: else a class with few draws would sit in neighbouring chunks.
+        self._tables: dict[int, tuple[Array, Array]] = {}
         key = _random(seed, epoch, 3, 0, 1)
         places = np.arange(self.chunks, dtype=np.uint64)
         self._remainders = permute(places, key, np.array([self.chunks])).astype(np.int64)
@@ -252,12 +253,21 @@ class EpochOrder:
         where = np.repeat(self._offsets, lengths)
         where += places.astype(np.int64)
 
-        if size <= _SORTED:
-            shuffled = np.argsort(_random(self.seed, self.epoch, 4, chunk, size), kind="stable")[part]
-        else:
-            key = _random(self.seed, self.epoch, 4, chunk, 1).astype(np.uint32)
-            shuffled = permute(np.arange(size, dtype=np.uint32)[part], key, np.array([size]))
+        shuffled = self._shuffled(chunk, size, part)
         if 2 * len(shuffled) < size:
             return self.pool.index.take(where.take(shuffled))
         # Class after class, so that small classes stay in the cache, although some of it may be for other ranks.
         return self.pool.index.take(where).take(shuffled)
+
+    def _shuffled(self, chunk: int, size: int, part: slice) -> Array:
+        """A random order of ``range(size)``, or ``part`` of it."""
+        if size <= _SORTED:
+            return np.argsort(_random(self.seed, self.epoch, 4, chunk, size), kind="stable")[part]
+        # Two orders of the epoch, one after the other, each turned by an amount of the chunk's own: size ** 2 different
+        # ones at the price of two look-ups. All chunks are of one or two sizes.
+        if size not in self._tables:
+            inner, outer = (np.argsort(_random(self.seed, self.epoch, p, size, size), kind="stable") for p in (5, 6))
+            self._tables[size] = np.concatenate([inner, inner]), np.concatenate([outer, outer])
+        first, second = (int(turn) for turn in _random(self.seed, self.epoch, 4, chunk, 2) % size)
+        inner, outer = self._tables[size]
+        return outer[second : second + size].take(inner[first : first + size][part])
