@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_tips import ClassReportCallback, ImbalancedSamplerCallback
+from lightning_tips import ClassReportCallback, ImbalancedSamplerCallback, RunReportCallback
 from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier, ImageDataModule
 
 
@@ -30,7 +30,7 @@ def train(name: str, tips: list[Callback], chosen: Any) -> float:
     trainer = Trainer(
         max_epochs=-1,
         max_steps=chosen.steps,
-        callbacks=[*tips, ClassReportCallback()],
+        callbacks=[*tips, ClassReportCallback(), RunReportCallback()],
         logger=CSVLogger("runs/rare_class", name=name),
         log_every_n_steps=5,
         enable_progress_bar=False,

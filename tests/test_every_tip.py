@@ -96,7 +96,7 @@ def test_resumed_run_equals_the_uninterrupted_one(setting: Setting, keep, tmp_pa
 
 @every_tip
 def test_killed_run_resumes_from_what_lies_on_disk(setting: Setting, tmp_path: Path) -> None:
-    tip = [[SETTINGS.index(setting), {}]]
+    tip = [[setting.name, {}]]
     finish(start(tmp_path / "whole", tip, {"max_epochs": EPOCHS}))
     process = start(tmp_path / "killed", tip, {"max_epochs": EPOCHS, "keep": "epoch"})
     kept = tmp_path / "killed" / "checkpoints"
@@ -113,7 +113,7 @@ def test_killed_run_resumes_from_what_lies_on_disk(setting: Setting, tmp_path: P
 
 @every_tip
 def test_two_ranks_stay_equal(setting: Setting, tmp_path: Path) -> None:
-    tip = [[SETTINGS.index(setting), {}]]
+    tip = [[setting.name, {}]]
     finish(start(tmp_path, tip, {"max_epochs": EPOCHS, "devices": 2, "strategy": "ddp"}))
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]

@@ -36,12 +36,14 @@ CHAIN = [
 
 
 def plan(name: str, *switches: dict[str, Any], resume: str = "", **arguments: Any) -> dict[str, Any]:
-    """One run for the worker; a switch says what differs from the settings table's first row."""
+    """One run for the worker; a switch says what differs from the settings table's row."""
     arguments = {"max_epochs": 6, "devices": 2, "strategy": "ddp"} | arguments
     afterwards = {key: arguments.pop(key) for key in ("raises", "more", "validate") if key in arguments}
-    return {"name": name, "tips": [[0, {"at": None} | s] for s in switches], "arguments": arguments} | (
-        {"resume": resume} | afterwards
-    )
+    return {
+        "name": name,
+        "tips": [["OptimizerSwitchCallback", {"at": None} | s] for s in switches],
+        "arguments": arguments,
+    } | ({"resume": resume} | afterwards)
 
 
 def resumed(run: dict[str, Any], *steps: int) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
     python worker.py FOLDER TIPS ARGUMENTS [CHECKPOINT]   one run
     python worker.py FOLDER RUNS                          several, one after the other: imports take longest
 
-All but the folder are JSON. TIPS is a list of ``[row of the settings table, changed arguments]``. ARGUMENTS go to the
-Trainer, but for:
+All but the folder are JSON. TIPS is a list of ``[name of a tip in the settings table, changed arguments]``. ARGUMENTS
+go to the Trainer, but for:
 
 * ``module``: name of a module in `harness.py`, instead of the one that the rows ask for
 * ``callbacks``: names of callbacks there
@@ -48,7 +48,8 @@ def run(
     from settings import SETTINGS, make
 
     arguments = dict(arguments)
-    parts, _ = make(*((SETTINGS[row], changes) for row, changes in tips))
+    rows = {setting.name: setting for setting in SETTINGS}
+    parts, _ = make(*((rows[name], changes) for name, changes in tips))
     callbacks: list[Any] = [part for part in parts if isinstance(part, harness.Callback)]
     callbacks += [getattr(harness, name)() for name in arguments.pop("callbacks", [])]
     keep = {"step": harness.every_step, "epoch": harness.every_epoch}.get(arguments.pop("keep", ""))

@@ -50,6 +50,32 @@ def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[A
     return _update_dataloader(loader, sampler)
 
 
+def forget_train_loaders(trainer: pl.Trainer) -> None:
+    """Lets loaders that exist before the loops are restored be made anew.
+
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes them; the state of loaders in the
+    checkpoint is then never given to any.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def is_epoch_finished(trainer: pl.Trainer) -> bool:
+    """Whether the last batch that was trained, perhaps before a resume, was the last one of its epoch."""
+    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+
+def count_epoch_start(trainer: pl.Trainer) -> None:
+    """Counts the start of an epoch where Lightning left it out.
+
+    After a resume from the last batch of an epoch it does, and every later checkpoint of the middle of an epoch then
+    says that no epoch has begun: a second resume repeats batches.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.processed:  # type: ignore[attr-defined]
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def epoch_of_samplers(trainer: pl.Trainer) -> int:
     """The epoch that Lightning is about to give to ``set_epoch``.
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_tips.core.lightning_private import change_train_loaders, epoch_of_samplers
+from lightning_tips.core.lightning_private import change_train_loaders, epoch_of_samplers, is_epoch_finished
 
 
 @runtime_checkable
@@ -19,6 +20,9 @@ class SeekableSampler(Protocol):
     """A sampler whose order depends on the epoch and the position alone, and that can begin anywhere."""
 
     epoch: int
+
+    def __len__(self) -> int:
+        """Samples of an epoch on this rank."""
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration draws."""
@@ -45,7 +49,9 @@ def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loade
     """
 
     def change_all(loaders: Any) -> CombinedLoader:
-        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        # A copy, because the user's own one must come out of the run as it went in.
+        given = isinstance(loaders, CombinedLoader)
+        combined = copy.copy(loaders) if given else CombinedLoader(loaders, "max_size_cycle")
         for loader in combined.flattened:
             if not isinstance(loader, DataLoader):
                 raise MisconfigurationException(
@@ -55,7 +61,7 @@ def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loade
         combined.flattened = changed = change(combined.flattened)
         for loader in changed:
             if isinstance(loader, _Resumable):
-                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches)
+                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
         return combined
 
     return change_train_loaders(trainer, change_all)
@@ -84,13 +90,16 @@ class _Resumable(DataLoader[Any]):
     _given = 0  # batches given out in the running epoch
     _due_epoch = 0
     _limit: float = 1.0
+    _finished = False
 
-    def place(self, epoch: int, limit: float) -> None:
-        """Tells the epoch that is due and the Trainer's ``limit_train_batches``.
+    def place(self, epoch: int, limit: float, finished: bool = False) -> None:
+        """Tells the epoch that is due, the Trainer's ``limit_train_batches``, and whether a state is of an epoch's end.
+
+        Of several loaders all but one end an epoch somewhere in their middle, so they cannot know by themselves.
 
         Workers begin to fetch before Lightning calls ``set_epoch`` on resume, so the epoch must be known now.
         """
-        self._due_epoch, self._limit = epoch, limit
+        self._due_epoch, self._limit, self._finished = epoch, limit, finished
         self._seekable.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -103,8 +112,8 @@ class _Resumable(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch comes next."""
-        return {"epoch": self._seekable.epoch, "batches": self._given}
+        """Which batch comes next, and how many samples all ranks take in a batch."""
+        return {"epoch": self._seekable.epoch, "batches": self._given, "samples": self._samples_a_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on there. A finished epoch is followed by the next."""
@@ -112,10 +121,20 @@ class _Resumable(DataLoader[Any]):
         length = min(len(self), self._limit) if isinstance(self._limit, int) else int(len(self) * self._limit)
         if epoch < self._due_epoch:
             epoch, batches = self._due_epoch, 0
-        elif batches >= length:
+        elif self._finished or batches >= length:
             epoch, batches = epoch + 1, 0
+        if batches and state.get("samples", self._samples_a_batch) != self._samples_a_batch:
+            rank_zero_warn(
+                f"The run is resumed in mid-epoch with {self._samples_a_batch} samples a step over all ranks, and was"
+                f" trained with {state['samples']}: the batches cannot be those that are due. The next epoch will be"
+                " whole again; for an exact resume keep batch size and number of ranks, or resume at an epoch's end."
+            )
         self._first = batches
-        self._seekable.set_position(epoch, batches * (self.batch_size or 1))
+        self._seekable.set_position(epoch, min(batches * (self.batch_size or 1), len(self._seekable)))
+
+    @property
+    def _samples_a_batch(self) -> int:
+        return (self.batch_size or 1) * int(getattr(self._seekable, "num_replicas", 1))
 
     @property
     def _seekable(self) -> SeekableSampler:

@@ -22,7 +22,7 @@ class _ChangedForward:
         self.before = vars(module).get("forward")
         self.forward = module.forward
         self.name = type(module).__name__
-        self.changes: list[Callable[[Tensor], Tensor]] = []
+        self.changes: list[tuple[bool, Callable[[Tensor], Tensor]]] = []  # those that come last are marked
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         output = self.forward(*args, **kwargs)
@@ -31,13 +31,13 @@ class _ChangedForward:
                 f"{self.name} returns {type(output).__name__} where logits were expected as a tensor. Let forward"
                 " return the logits, or adjust them where they are used."
             )
-        for change in self.changes:
+        for _, change in sorted(self.changes, key=lambda one: one[0]):
             output = change(output)
         return output
 
 
 @contextmanager
-def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor], last: bool = False) -> Iterator[None]:
     """While it is open, the tensors that ``module(...)`` returns pass through ``change``.
 
     For example ``changed_outputs(model, lambda logits: logits - offsets)``. Several may be open, and close in any
@@ -47,6 +47,7 @@ def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
     Args:
         module: Returns logits as a tensor.
         change: From logits to logits.
+        last: Whether it comes after all others, whenever they are opened: for what only looks.
 
     Raises:
         TypeError: If the module returns something else than a tensor, as soon as it does.
@@ -54,11 +55,11 @@ def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
     there = vars(module).get("forward")
     changed = there if isinstance(there, _ChangedForward) else _ChangedForward(module)
     module.forward = changed
-    changed.changes.append(change)
+    changed.changes.append((last, change))
     try:
         yield
     finally:
-        changed.changes.remove(change)
+        changed.changes.remove((last, change))
         if not changed.changes and vars(module).get("forward") is changed:
             if changed.before is None:
                 del module.forward
@@ -106,15 +107,23 @@ class Outputs:
         self._stack = ExitStack()
         self._logits: Tensor | None = None  # of the running batch
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self.calls = 0  # of ``forward``, since it was last changed
 
     def change(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         """From now on ``module(...)`` returns what ``change`` makes of its output."""
         self.close()
-        self._stack.enter_context(changed_outputs(module, change))
+        self.calls = 0
+
+        def counted(logits: Tensor) -> Tensor:
+            self.calls += 1
+            return change(logits)
+
+        self._stack.enter_context(changed_outputs(module, counted))
 
     def watch(self, module: nn.Module) -> None:
         """From now on the last output can be kept."""
-        self.change(module, self._note)
+        self.close()
+        self._stack.enter_context(changed_outputs(module, self._note, last=True))
 
     def _note(self, logits: Tensor) -> Tensor:
         self._logits = logits.detach()

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from lightning_tips.core.distributed import check_ranks_agree, debugging
 from lightning_tips.core.events import Event, EventValue
+from lightning_tips.core.lightning_private import count_epoch_start
 from lightning_tips.core.loggers import log_numbers
 from lightning_tips.core.messages import say
 from lightning_tips.core.tables import event_table, plan_table
@@ -149,6 +150,7 @@ class TipCallback(pl.Callback):
         ``on_train_epoch_start`` (and without the validation between them, which is lost).
         """
         if batch_idx == 0 and self._started_epoch != trainer.current_epoch:
+            count_epoch_start(trainer)
             self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,9 +12,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_tips.core import ActsOn, ReplacedStep, TipCallback, log_numbers, replace_inputs, split_batch
+from lightning_tips.core import ActsOn, ReplacedStep, TipCallback, agree, log_numbers, replace_inputs, split_batch
 from lightning_tips.imbalance.counting import count_classes
-from lightning_tips.imbalance.shortcut import Augment, Shortcut, augment_samples, minority_classes, shortcut_probe
+from lightning_tips.imbalance.shortcut import (
+    Augment,
+    Shortcut,
+    augment_samples,
+    belong,
+    minority_classes,
+    shortcut_probe,
+)
 
 PROBED_BATCHES = 8
 
@@ -88,7 +95,7 @@ class ClassAugmentationCallback(TipCallback):
         if self.classes == "all":
             return None
         try:
-            counts = count_classes(trainer, self.target_key).counts
+            counts = agree(trainer, count_classes(trainer, self.target_key).counts)
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         chosen = minority_classes(counts) if self.classes == "rare" else [int(c) for c in self.classes]
@@ -99,13 +106,13 @@ class ClassAugmentationCallback(TipCallback):
         return chosen
 
     def _augmented(self, trainer: pl.Trainer, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        batch_idx = args[0] if args else kwargs.get("batch_idx", 0)
+        batch_idx = trainer.fit_loop.epoch_loop.batch_idx  # training_step need not have an argument for it
         images, targets = self._parts(batch)
         # A large odd factor for each part of the address, so that no two samples of a run meet.
         first = (self.seed * 7919 + trainer.current_epoch) * 1_000_003 + batch_idx
         first = (first * 65_537 + trainer.global_rank) * len(images)
         seeds = torch.arange(len(images)) + first % (1 << 62)
-        chosen = None if self._chosen is None else _belong(targets, self._chosen)
+        chosen = None if self._chosen is None else belong(targets, self._chosen)
         augmented = augment_samples(images, self.augment, seeds, chosen)
         return step(replace_inputs(batch, augmented, self.input_key), *args, **kwargs)
 
@@ -128,16 +135,10 @@ class ClassAugmentationCallback(TipCallback):
         """Begins to count."""
         self._probed = [0, 0, 0]
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Probes the first batches."""
+        """Probes the first batches, before the step: whoever watches the outputs must see those of the step last."""
         probing = self._chosen is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if not probing or dataloader_idx or batch_idx >= PROBED_BATCHES:
             return
@@ -177,13 +178,6 @@ class ClassAugmentationCallback(TipCallback):
         if self._step is not None:
             self._step.remove()
             self._step = None
-
-
-def _belong(targets: Tensor, classes: list[int]) -> Tensor:
-    """Whether each sample is of one of the classes (B,); with several labels a sample, whether it has one of them."""
-    if targets.ndim == 2 and targets.shape[1] > 1:
-        return targets[:, classes].bool().any(1)
-    return torch.isin(targets.reshape(-1).long(), torch.tensor(classes, device=targets.device))
 
 
 def _chain(parts: list[Any]) -> Augment:

@@ -71,6 +71,7 @@ class ClassReportCallback(pl.Callback):
         self._table = ""
         self._names: list[str] = []
         self._true: Tensor | None = None  # share of each class in the training data
+        self._warned = False
 
     # ---- state
 
@@ -92,9 +93,17 @@ class ClassReportCallback(pl.Callback):
         if stage == "fit" and trainer.global_step == 0:
             self.correction, self.confusion, self._table = None, None, ""
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says so where there is nothing to report on."""
+        if not trainer.enable_validation:
+            rank_zero_warn(
+                f"{type(self).__name__} reports on validation data, and this run has none: nothing will be reported or"
+                " corrected. Add a val_dataloader and a validation_step."
+            )
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watches what ``forward`` returns."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING:  # in the sanity check, too: what cannot work is to be told at once
             self._outputs.watch(pl_module)
 
     def on_validation_batch_end(
@@ -112,7 +121,7 @@ class ClassReportCallback(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts, fits and logs."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
         seen = self._outputs.close()
         if seen is None:
@@ -120,11 +129,14 @@ class ClassReportCallback(pl.Callback):
                 f"{type(self).__name__} saw no logits in validation: validation_step of {type(pl_module).__name__} does"
                 " not call self(...). Let it, or leave the callback out."
             )
-        logits, targets = (_gathered(trainer, part) for part in seen)
-        logits = _as_columns(logits, targets)
+        if trainer.sanity_checking:
+            _as_classes(*seen)
+            return
+        logits, targets = _as_classes(*(_gathered(trainer, part) for part in seen))
         confusion = confusion_matrix(logits, targets)
         self.confusion = confusion
-        self._names = class_names(trainer) or [str(c) for c in range(len(confusion))]
+        names = class_names(trainer)
+        self._names = [names[c] if c < len(names) else str(c) for c in range(len(confusion))]
         recall = recalls(confusion)
         pl_module.log("classes/balanced_accuracy", recall[~recall.isnan()].mean(), sync_dist=True)
         if len(recall) <= MOST_CLASSES:
@@ -142,9 +154,22 @@ class ClassReportCallback(pl.Callback):
             self._true = counts / counts.sum()
         true = self._true
         prior = true.clone()
+        if any(len(one) != len(true) for one in trained):
+            return
         for one in trained:  # a sampler and weights beside it teach the product of what each teaches
             prior *= one.double() / true
         prior /= prior.sum()
+        if len(true) != logits.shape[1] or not bool((prior * true > 0).all()):
+            if not self._warned:
+                rank_zero_warn(
+                    f"{type(self).__name__} cannot correct the probabilities: of {logits.shape[1]} outputs some are of"
+                    " classes that are not in the training data, or that are drawn or weighted with 0."
+                )
+            self._warned = True
+            self.correction = None
+            return
+        if not len(targets):
+            return
         fitted = fit_prior_correction(logits, targets, prior, true, "shift")
         self.correction = Correction(prior.tolist(), true.tolist(), fitted.strength)
         if len(true) == 2 and len(targets.unique()) == 2:
@@ -204,6 +229,11 @@ class ClassReportCallback(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""
+        if self.correct and self.correction is not None and not self._outputs.calls:
+            rank_zero_warn(
+                f"predict_step of {type(pl_module).__name__} does not call self(...), so {type(self).__name__} could"
+                " not correct its predictions. Let it, or call the callback's `correction` on the logits."
+            )
         self._outputs.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -241,15 +271,28 @@ def _gathered(trainer: pl.Trainer, mine: Tensor) -> Tensor:
     return torch.cat([part.cpu() for part in parts])
 
 
-def _as_columns(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits (N, C), also where a binary network gives one for the second class."""
+def _as_classes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (N, C), also where a binary network gives one for the second class, and class indices (N,).
+
+    Samples with a negative target, which losses ignore, are left out.
+    """
     if logits.ndim == 2 and logits.shape[1] == 1:
         logits = logits[:, 0]
     if logits.ndim == 1:
         logits = torch.stack([torch.zeros_like(logits), logits], 1)
-    if logits.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+    if targets.ndim == 2 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.is_floating_point() and bool(((targets == 0) | (targets == 1)).all()):
+        targets = targets.long()  # as a binary loss wants them
+    if logits.ndim != 2 or targets.ndim != 1 or len(logits) != len(targets) or targets.is_floating_point():
         raise MisconfigurationException(
             f"ClassReportCallback needs logits (N, C) and class indices (N,), not {tuple(logits.shape)} and"
             f" {tuple(targets.shape)} of {targets.dtype}."
         )
-    return logits.float()
+    if len(targets) and int(targets.max()) >= logits.shape[1]:
+        raise MisconfigurationException(
+            f"ClassReportCallback meets the class {int(targets.max())}, but the network has {logits.shape[1]} outputs."
+            " Mark samples to ignore with a negative number."
+        )
+    known = targets >= 0
+    return logits[known].float(), targets[known].long()

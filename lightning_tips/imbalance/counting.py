@@ -85,7 +85,14 @@ def balancing_part(trainer: pl.Trainer) -> str | None:
         for sampler in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
             parts.append(sampler)
     # By name, because a tip's callback need not know the others, nor anybody's sampler of one of these names.
-    known = ("Imbalanced", "WeightedRandomSampler", "MPerClassSampler", "BalanceClassSampler")
+    known = (
+        "ImbalancedSampler",
+        "ImbalancedBatchSampler",
+        "ImbalancedDatasetSampler",
+        "WeightedRandomSampler",
+        "MPerClassSampler",
+        "BalanceClassSampler",
+    )
     for part in parts:
         for cls in type(part).__mro__:
             if cls.__name__.startswith(known):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -183,6 +185,14 @@ class ImbalancedSampler(DistributedSampler[Any]):
     def draws_per_class(self) -> Array:
         """How often each class is drawn in an epoch on average: (C,) float64."""
         return self.mix * self.epoch_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same where two samplers draw the same."""
+        told = (self.seed, self.epoch_size, np.round(self.mix, 12).tolist())
+        digest = hashlib.blake2b(repr(told).encode(), digest_size=16)
+        digest.update(self._pool.index.data)  # no copy: it may take hundreds of megabytes
+        return digest.hexdigest()
 
     def _order_of(self, epoch: int) -> EpochOrder:
         if self._order is None or self._order.epoch != epoch:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +22,7 @@ from lightning_tips.core import (
     replace_train_loaders,
     resumable,
 )
-from lightning_tips.core.lightning_private import with_sampler
+from lightning_tips.core.lightning_private import forget_train_loaders, with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
 from lightning_tips.imbalance.counting import class_names
 from lightning_tips.imbalance.plots import show_balance
@@ -111,7 +109,7 @@ class ImbalancedSamplerCallback(TipCallback):
         """Plain data for the checkpoint: the draw, to notice a resume with another, and the prior it teaches."""
         prior = self.trained_prior
         return super().state_dict() | {
-            "draws": [_fingerprint(sampler) for sampler in self.samplers],
+            "draws": [sampler.fingerprint for sampler in self.samplers],
             "trained_prior": None if prior is None else prior.tolist(),
             "counts": self.samplers[0].counts.tolist() if self.samplers else None,
         }
@@ -152,6 +150,11 @@ class ImbalancedSamplerCallback(TipCallback):
         self._take_back = replace_train_loaders(trainer, change)
 
     def _balance(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
+        if isinstance(loader.sampler, ImbalancedBatchSampler) and loader.batch_size != loader.sampler.batch_size:
+            raise MisconfigurationException(
+                f"A training loader has batch_size={loader.batch_size}, but its ImbalancedBatchSampler makes batches of"
+                f" {loader.sampler.batch_size}: the minimum of each class would not hold. Use sampler.loader(dataset)."
+            )
         if isinstance(loader.sampler, ImbalancedSampler):
             return resumable(loader)
         if isinstance(loader.dataset, IterableDataset):
@@ -160,13 +163,28 @@ class ImbalancedSamplerCallback(TipCallback):
                 " its order itself. Use a dataset with __getitem__ and __len__, or class weights in the loss"
                 " (ClassWeightCallback)."
             )
+        if loader.batch_size is None and loader.batch_sampler is not None:
+            raise MisconfigurationException(
+                f"A training loader was made with batch_sampler={type(loader.batch_sampler).__name__}(...), in which"
+                f" {type(self).__name__} cannot replace the sampler. Give the DataLoader batch_size=...; for a minimum"
+                " of each class in a batch there is per_class_minimum."
+            )
         if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
             rank_zero_info(f"{type(self).__name__} replaces the {type(loader.sampler).__name__} of a training loader.")
+        sampler, problem = None, None
         try:
             sampler = self._make(trainer, loader)
         except (ValueError, TypeError) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        self._check_ranks(trainer, sampler)
+            problem = error
+        # First all ranks meet, then they raise: one that raised alone would leave the others waiting.
+        same = self._do_ranks_agree(trainer, f"{problem}" if sampler is None else sampler.fingerprint)
+        if sampler is None:
+            raise MisconfigurationException(f"{type(self).__name__}: {problem}") from problem
+        if not same:
+            raise MisconfigurationException(
+                f"The ranks have different training labels, so {type(self).__name__} cannot share them out. A split"
+                " without a seed does that: give random_split a generator with one."
+            )
         return resumable(with_sampler(loader, sampler))
 
     def _make(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> ImbalancedSampler:
@@ -177,8 +195,8 @@ class ImbalancedSamplerCallback(TipCallback):
             "strategy": self.strategy,
             "num_samples": self.num_samples,
             "seed": self.seed,
-            "num_replicas": trainer.world_size,
-            "rank": trainer.global_rank,
+            # Not of the world: ranks that share one model (tensor parallel) train on the same samples.
+            **(trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}),
             "beta": self.beta,
             "threshold": self.threshold,
         }
@@ -188,14 +206,15 @@ class ImbalancedSamplerCallback(TipCallback):
             raise ValueError("per_class_minimum needs a DataLoader with a batch_size.")
         return ImbalancedBatchSampler(labels, loader.batch_size, self.per_class_minimum, **given)
 
-    def _check_ranks(self, trainer: pl.Trainer, sampler: ImbalancedSampler) -> None:
-        mine = _fingerprint(sampler)
+    def _do_ranks_agree(self, trainer: pl.Trainer, mine: str) -> bool:
+        if trainer.world_size == 1:
+            return True
         differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
-        if trainer.world_size > 1 and float(trainer.strategy.reduce(differs, reduce_op="sum")):
-            raise MisconfigurationException(
-                f"The ranks have different training labels, so {type(self).__name__} cannot share them out. A split"
-                " without a seed does that: give random_split a generator with one."
-            )
+        return not float(trainer.strategy.reduce(differs, reduce_op="sum"))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets loaders be made when it is known where to go on."""
+        forget_train_loaders(trainer)
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws the epoch that it is.
@@ -212,7 +231,7 @@ class ImbalancedSamplerCallback(TipCallback):
         """Tells once what the draw is."""
         super().on_train_start(trainer, pl_module)
         before, self._resumed_from = self._resumed_from, None
-        now = [_fingerprint(sampler) for sampler in self.samplers]
+        now = [sampler.fingerprint for sampler in self.samplers]
         if before is not None and before["draws"] and before["draws"] != now:
             self.record(trainer, "other samples than before the resume", epoch_size=self.samplers[0].epoch_size)
         if not self.events:
@@ -282,9 +301,3 @@ class ImbalancedSamplerMixin(TipMixin):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.bring(ImbalancedSamplerCallback(sampling, samples_per_epoch, sampling_seed, per_class_minimum))
-
-
-def _fingerprint(sampler: ImbalancedSampler) -> str:
-    """The same where two samplers draw the same."""
-    told = (sampler.seed, sampler.epoch_size, np.round(sampler.mix, 12).tolist())
-    return hashlib.blake2b(repr(told).encode() + sampler._pool.index.tobytes(), digest_size=16).hexdigest()

@@ -59,6 +59,11 @@ def augment_samples(images: Tensor, augment: Augment, seeds: Tensor, chosen: Ten
                     f"The augmentation turned an image of {tuple(images[place].shape)} into one of"
                     f" {tuple(augmented.shape)}; it must keep the shape."
                 )
+            if augmented.dtype != images.dtype:
+                raise ValueError(
+                    f"The augmentation turned an image of {images.dtype} into one of {augmented.dtype}; it must keep"
+                    " the dtype. Convert in the dataset."
+                )
             result[place] = augmented
     return result
 
@@ -104,19 +109,31 @@ def shortcut_probe(
     Args:
         model: Returns logits (N, C), or (N,) and (N, 1) for the second of two classes; called in the mode it is in.
         images: (N, C, H, W) of validation data.
-        targets: Class indices (N,).
+        targets: Class indices (N,) or (N, 1); rows of 0 and 1 (N, C) where a sample may have several labels.
         augment: What was done to the rare classes in training.
         rare: Which classes these were.
         seed: Of the augmentation.
     """
     classes = torch.tensor(list(rare), device=targets.device)
-    others = ~torch.isin(targets, classes)
-    images = images[others]
+    several = targets.ndim == 2 and targets.shape[1] > 1
+    images = images[~belong(targets, rare)]
     if not len(images):
         return Shortcut(0, 0, 0)
     augmented = augment_samples(images, augment, torch.arange(len(images)) + seed * 1_000_003)
-    flagged = [int(torch.isin(_decide(model(part)), classes).sum()) for part in (images, augmented)]
-    return Shortcut(flagged[0], flagged[1], len(images))
+
+    def flagged(part: Tensor) -> int:
+        logits = model(part)
+        found = (logits[:, classes] > 0).any(1) if several else torch.isin(_decide(logits), classes)
+        return int(found.sum())
+
+    return Shortcut(flagged(images), flagged(augmented), len(images))
+
+
+def belong(targets: Tensor, classes: Sequence[int]) -> Tensor:
+    """Whether each sample is of one of the classes (B,); with several labels a sample, whether it has one of them."""
+    if targets.ndim == 2 and targets.shape[1] > 1:
+        return targets[:, list(classes)].bool().any(1)
+    return torch.isin(targets.reshape(-1).long(), torch.tensor(list(classes), device=targets.device))
 
 
 def _decide(logits: Tensor) -> Tensor:

@@ -330,6 +330,8 @@ class ClassWeightCallback(TipCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""
+        if not trainer.sanity_checking:
+            self._check_used(pl_module)
         self._outputs.close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -339,6 +341,7 @@ class ClassWeightCallback(TipCallback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""
+        self._check_used(pl_module)
         self._outputs.close()
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -348,11 +351,19 @@ class ClassWeightCallback(TipCallback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the outputs alone again."""
+        self._check_used(pl_module)
         self._outputs.close()
 
     def _balance_outputs(self, pl_module: pl.LightningModule) -> None:
         offsets = logit_adjustment(self._known_counts(), self.tau or 1.0)
         self._outputs.change(pl_module, lambda logits: adjust_logits(logits, offsets))
+
+    def _check_used(self, pl_module: pl.LightningModule) -> None:
+        if self.adjust == "outputs" and not self._outputs.calls:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} does not call self(...) there, so {type(self).__name__} could not adjust"
+                " its outputs. Let it, or use adjust='loss'."
+            )
 
     def _known_counts(self) -> Tensor:
         if self._counts is None or self._counts.total is not None:
