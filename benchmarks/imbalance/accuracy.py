@@ -17,9 +17,13 @@ validation; each over the true share is a ``ratio``.
 when they are not. Where only the rare are augmented, it tells what the network has learned to look for. In the long
 tail "rare" is the three rarest.
 
+In 400 steps the network learns 1,050 images by heart. What holds where it does not, in ``weapon_100_steps.csv``:
+
+    python benchmarks/imbalance/accuracy.py --studies weapon --steps 100 --seeds 0 1 2
+
 All arms have ResNet-8 of width 8, and Adam with 3e-3 falling as a cosine to 0. Each finished run is appended to its
-file and skipped the next time, so the study can be interrupted. Half an hour on one core. ``--smoke`` takes
-scikit-learn's digits and a few steps, for a quick look.
+file and skipped the next time, so the study can be interrupted. 35 minutes on one core. ``--smoke`` takes scikit-learn's
+digits and a few steps, for a quick look.
 """
 
 from __future__ import annotations
@@ -374,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--studies", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="default: 0 1 2 3; with --smoke: 0")
-    parser.add_argument("--steps", type=int, help="other than the study's own")
+    parser.add_argument("--steps", type=int, help="other than the study's own; has a table of its own")
     parser.add_argument("--smoke", action="store_true", help="scikit-learn's digits, few steps; needs another --out")
     chosen = parser.parse_args(arguments)
     if chosen.smoke and chosen.out.resolve() == Path(__file__).parent.resolve():
@@ -384,7 +388,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
 
     for study in chosen.studies:
-        out = chosen.out / f"{study}.csv"
+        other = f"_{chosen.steps}_steps" if chosen.steps else ""
+        out = chosen.out / f"{study}{other}.csv"
         rows: list[dict[str, Any]] = list(csv.DictReader(out.read_text().splitlines())) if out.exists() else []
         done = {(row["arm"], int(row["seed"])) for row in rows}
         run = run_long_tail if study == "long_tail" else run_weapon
