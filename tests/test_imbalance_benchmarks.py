@@ -40,16 +40,16 @@ def test_smallest_form(accuracy: ModuleType, study: str, tmp_path: Path, capsys:
     assert "minus plain" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("study", ["long_tail", "weapon"])
-def test_committed_tables(accuracy: ModuleType, study: str) -> None:
-    rows = read(FOLDER / f"{study}.csv")
+@pytest.mark.parametrize(("study", "steps"), [("long_tail", None), ("weapon", None), ("weapon", 100)])
+def test_committed_tables(accuracy: ModuleType, study: str, steps: int | None) -> None:
+    rows = read(FOLDER / (f"{study}_{steps}_steps.csv" if steps else f"{study}.csv"))
     check(rows, accuracy.COLUMNS[study])
     seeds = {arm: [row["seed"] for row in rows if row["arm"] == arm] for arm in accuracy.ARMS[study]}
     assert sum(map(len, seeds.values())) == len(rows)
     for arm, found in seeds.items():
         assert len(set(found)) == len(found) >= 3, arm
         assert found == seeds["plain"], arm  # paired
-    assert {row["steps"] for row in rows} == {str(accuracy.FASHION.steps[study])}
+    assert {row["steps"] for row in rows} == {str(steps or accuracy.FASHION.steps[study])}
 
 
 def check(rows: list[dict[str, str]], columns: list[str]) -> None:

@@ -22,8 +22,8 @@ In 400 steps the network learns 1,050 images by heart. What holds where it does 
     python benchmarks/imbalance/accuracy.py --studies weapon --steps 100 --seeds 0 1 2
 
 All arms have ResNet-8 of width 8, and Adam with 3e-3 falling as a cosine to 0. Each finished run is appended to its
-file and skipped the next time, so the study can be interrupted. 35 minutes on one core. ``--smoke`` takes scikit-learn's
-digits and a few steps, for a quick look.
+file and skipped the next time, so the study can be interrupted. 40 minutes on one core. ``--smoke`` takes
+scikit-learn's digits and a few steps, for a quick look.
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         classes: Which classes are transformed; None: all.
     """
 
-    def __init__(self, data: ImageDataset, transform: Callable[[Tensor], Tensor], classes: Sequence[int] | None) -> None:
+    def __init__(
+        self, data: ImageDataset, transform: Callable[[Tensor], Tensor], classes: Sequence[int] | None
+    ) -> None:
         self.data, self.transform, self.classes = data, transform, classes
         self.targets = data.targets
 
