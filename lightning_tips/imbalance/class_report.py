@@ -201,6 +201,12 @@ class ClassReportCallback(pl.Callback):
                 f"\nBest threshold of the corrected probability of {self._names[1]}: {self.correction.threshold:.3f}"
                 " by balanced accuracy, on these data."
             )
+        if self.correction is not None and self.correction.strength < 0.5:
+            text += (
+                f"\nThe fitted strength of the correction is {self.correction.strength:.2f}: new samples hardly follow"
+                " the balance that the network was trained on. It has probably learnt the rare samples by heart; augment"
+                " all classes, or train for less."
+            )
         return text
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

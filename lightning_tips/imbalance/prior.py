@@ -86,7 +86,8 @@ def fit_prior_correction(
     """Fits the one free number of :func:`correct_prior` by the likelihood of validation data.
 
     Both fits are convex, so there is one best value. ``"shift"`` fits the strength of the shift; with two classes the
-    mean predicted probability then is exactly the share of the class in the validation data. ``"scale"`` takes care of
+    mean predicted probability then is exactly the share of the class in the validation data (if the two priors differ:
+    otherwise there is no shift to fit). ``"scale"`` takes care of
     overconfidence, but the mean can stay off: in our tests by 45 % for a network that had learned its training data
     by heart.
 

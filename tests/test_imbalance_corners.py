@@ -1,4 +1,4 @@
-"""What a review of tip 3 found."""
+"""Corners of tip 3: chains of resumes, loaders of every make, odd targets, callbacks in every order."""
 
 from pathlib import Path
 
