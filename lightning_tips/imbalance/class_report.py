@@ -204,8 +204,8 @@ class ClassReportCallback(pl.Callback):
         if self.correction is not None and self.correction.strength < 0.5:
             text += (
                 f"\nThe fitted strength of the correction is {self.correction.strength:.2f}: new samples hardly follow"
-                " the balance that the network was trained on. It has probably learnt the rare samples by heart; augment"
-                " all classes, or train for less."
+                " the balance that the network was trained on. It has probably learnt the rare samples by heart:"
+                " augment all classes, or train for less."
             )
         return text
 
