@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, Sampler
 
@@ -48,6 +49,15 @@ def change_train_loaders(trainer: pl.Trainer, change: Callable[[Any], Any]) -> C
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
     """A loader of the same class, with the same arguments, that draws from ``sampler``."""
     return _update_dataloader(loader, sampler)
+
+
+def delay_static_graph_again(strategy: DDPStrategy) -> None:
+    """Lets a freshly wrapped module with a static graph start as the first one did.
+
+    With manual optimization Lightning puts off the reducer's first pass, and does so once only; without it the ranks
+    silently come apart.
+    """
+    strategy._pl_static_graph_delay_done = False
 
 
 def epoch_of_samplers(trainer: pl.Trainer) -> int:

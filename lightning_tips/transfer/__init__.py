@@ -1,1 +1,26 @@
-"""x"""
+"""Tip 4: transfer learning. A pretrained network, its early layers frozen, its last ones retrained."""
+
+from lightning_tips.transfer.callback import TransferLearningCallback
+from lightning_tips.transfer.freeze import changed_since, frozen_state, set_trainable
+from lightning_tips.transfer.inputs import InputExpectation, check_images, expected_inputs
+from lightning_tips.transfer.layers import LayerGroup, find_head, find_network, layer_groups, match_parameters
+from lightning_tips.transfer.schedule import Phase, preset_phases, read_plan, write_plan
+
+__all__ = [
+    "InputExpectation",
+    "LayerGroup",
+    "Phase",
+    "TransferLearningCallback",
+    "changed_since",
+    "check_images",
+    "expected_inputs",
+    "find_head",
+    "find_network",
+    "frozen_state",
+    "layer_groups",
+    "match_parameters",
+    "preset_phases",
+    "read_plan",
+    "set_trainable",
+    "write_plan",
+]

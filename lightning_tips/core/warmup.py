@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
-def warm_up(optimizer: Optimizer, steps: int, steps_done: Callable[[], int]) -> None:
+def warm_up(optimizer: Optimizer, steps: int, steps_done: Callable[[], int]) -> list[RemovableHandle]:
     """Lets the learning rate of ``optimizer`` rise linearly over its first steps.
 
     The rate is lowered just before each step and put back, to the bit, just after it. So it composes with every
@@ -19,6 +20,9 @@ def warm_up(optimizer: Optimizer, steps: int, steps_done: Callable[[], int]) -> 
         optimizer: The optimizer; gets two step hooks, which do nothing once it is warm.
         steps: The first step is taken with ``1 / steps`` of the rate, the last of them with all of it.
         steps_done: Says how many steps were taken before the one that comes.
+
+    Returns:
+        What takes the two hooks off again.
     """
     full: list[Any] = []
 
@@ -34,5 +38,4 @@ def warm_up(optimizer: Optimizer, steps: int, steps_done: Callable[[], int]) -> 
             group["lr"] = rate
         full.clear()
 
-    optimizer.register_step_pre_hook(lower)
-    optimizer.register_step_post_hook(restore)
+    return [optimizer.register_step_pre_hook(lower), optimizer.register_step_post_hook(restore)]
