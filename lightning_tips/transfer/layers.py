@@ -264,6 +264,8 @@ def _common(network: nn.Module, names: Sequence[str]) -> str:
         if len(set(level)) > 1:
             break
         shared.append(level[0])
+        if level[0].isdigit():  # deep enough
+            break
     if shared:
         return ".".join(shared)
     firsts = [".".join(owner[:2] if len(owner) > 1 and owner[1].isdigit() else owner[:1]) for owner in owners]
