@@ -4,9 +4,9 @@
     python benchmarks/transfer/few_images.py
 
 Arms on EfficientNet-Lite0 with ImageNet weights: the head alone, LP-FT with each BatchNorm policy, gradual thawing,
-and full fine-tuning without the tip. The controls from scratch: ResNet-8 at the images' own size, and Lite0. Accuracy on
-test images, clean and corrupted (half the contrast and noise), of the last epoch; one row for each run, and a run that
-is in the file already is not repeated. ``--speed`` measures the time of a step instead, frozen against fine-tuned.
+and full fine-tuning without the tip. The controls from scratch: ResNet-8 at the images' own size, and Lite0. Accuracy
+on test images, clean and corrupted (half the contrast and noise), of the last epoch; one row for each run, and a run
+that is in the file already is not repeated. ``--speed`` measures the time of a step instead, frozen against fine-tuned.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def load_lite0(network: nn.Module, file: Path) -> None:
     """Loads the original's weights into timm's network: other names, the same order and shapes."""
     weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     here = network.state_dict()
-    if len(weights) != len(here) or any(
-        a.shape != b.shape for a, b in zip(weights.values(), here.values(), strict=True)
-    ):
+    if [tuple(w.shape) for w in weights.values()] != [tuple(w.shape) for w in here.values()]:
         raise SystemExit(f"{file} does not fit timm's tf_efficientnet_lite0")
     network.load_state_dict(dict(zip(here, weights.values(), strict=True)), strict=True)
 
@@ -71,7 +69,7 @@ def pretrained(file: Path | None, smoke: bool) -> ImageClassifier:
     module = ImageClassifier(
         f"timm/{name}", in_channels=3, mean=[0.5], std=[0.5], optimizer=partial(torch.optim.AdamW, lr=3e-4)
     )
-    network = timm.create_model(name, num_classes=1000)
+    network: Any = timm.create_model(name, num_classes=1000)
     if not smoke:
         load_lite0(network, weights_file(file))
     network.reset_classifier(10)
