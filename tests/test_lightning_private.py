@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_tips import OptimizerSwitchCallback
-from lightning_tips.core.lightning_private import SHARDED_METADATA, logging_step
+from lightning_tips.core.lightning_private import SHARDED_METADATA, delay_static_graph_again, logging_step
 
 from harness import STEPS_A_EPOCH, PlainModule, fit
 
@@ -75,6 +77,14 @@ def test_logging_step_is_the_one_that_lightning_logs_under(tmp_path: Path) -> No
 
 def test_metadata_file_of_a_sharded_checkpoint() -> None:
     assert SHARDED_METADATA == _METADATA_FILENAME
+
+
+def test_static_graph_delay_of_ddp_is_still_a_flag_that_starts_unset() -> None:
+    strategy = DDPStrategy(accelerator=CPUAccelerator())
+    assert strategy._pl_static_graph_delay_done is False
+    strategy._pl_static_graph_delay_done = True
+    delay_static_graph_again(strategy)
+    assert strategy._pl_static_graph_delay_done is False
 
 
 def test_parts_of_torch_schedulers_that_are_copied_to_another_optimizer() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from lightning_tips import TransferLearningCallback
+from lightning_tips.core import warm_up
 from lightning_tips.transfer import (
     InputExpectation,
     Phase,
@@ -27,17 +28,18 @@ from lightning_tips.transfer import (
     find_head,
     frozen_state,
     layer_groups,
+    load_with_new_classes,
     match_parameters,
     preset_phases,
     read_plan,
     set_trainable,
 )
 from lightning_tips.transfer.freeze import modules_to_hold
-from lightning_tips.transfer.rates import add_parameters, add_pull, set_rates, split_groups
+from lightning_tips.transfer.rates import add_parameters, add_pull, gradient_shares, set_rates, split_groups
 from lightning_tips.transfer.schedule import Gate
 
 from harness import STEPS_A_EPOCH, PlainModule, assert_same, bits, build, every_step, fit
-from settings import SETTINGS
+from settings import SETTINGS, make
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -380,6 +382,33 @@ def test_warm_up_rises_from_near_zero(tmp_path: Path) -> None:
     assert Noting.rates == pytest.approx([0.1] * 4 + [0.01, 0.02, 0.03, 0.04] + [0.04] * 4)
 
 
+def test_two_that_lower_the_rate_leave_it_as_it_was() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    first, second = (warm_up(optimizer, 4, lambda: 0) for _ in range(2))
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert float(parameter) == pytest.approx(1 - 0.1 / 16)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    first.remove()
+    second.remove()
+    optimizer.step()
+    assert float(parameter) == pytest.approx(1 - 0.1 / 16 - 0.1)
+
+
+def test_rates_by_gradient(tmp_path: Path) -> None:
+    parameters = [nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([4.0])), nn.Parameter(torch.ones(1))]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)
+    assert gradient_shares(optimizer) is None
+    parameters[0].grad, parameters[1].grad = torch.ones(1), torch.ones(1)
+    assert gradient_shares(optimizer) == [1.0, 0.5, 0.0]
+
+    module = Choosy("all")
+    phases = [Phase(epochs=1), Phase(["all"], auto_rates=True)]
+    trainer = fit(TransferLearningCallback(phases), folder=tmp_path, module=module, max_epochs=2)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.1] * 3
+
+
 # ---- phases
 
 
@@ -480,6 +509,15 @@ def test_bad_schedules(phases: Any, message: str) -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransferLearningCallback(**arguments)
+
+
+def test_phases_in_a_configuration(tmp_path: Path) -> None:
+    row = next(setting for setting in SETTINGS if setting.tip is TransferLearningCallback)
+    phases = [{"train": ["head"], "epochs": 1}, {"name": "all", "train": ["all"], "layer_decay": 0.9}]
+    parts, tip = make((row, {"schedule": phases}))
+    assert [phase.name for phase in tip[0]._given] == ["phase 1", "all"]
+    assert tip[0]._given[1].layer_decay == 0.9
+    assert parts
 
 
 def test_presets_name_their_phases() -> None:
@@ -617,6 +655,25 @@ def test_first_batch_is_looked_at(tmp_path: Path) -> None:
     fit(TransferLearningCallback("head_only", check_inputs=False), folder=tmp_path, module=module, max_epochs=1)
     moved = [k for k, v in module.state_dict().items() if not torch.equal(v, before[k])]
     assert moved == ["inner.fc.weight", "inner.fc.bias"]
+
+
+# ---- new classes
+
+
+def test_old_rows_are_kept_when_classes_come_on() -> None:
+    old, new = PlainModule(), PlainModule()
+    new.head = nn.Linear(12, 13)
+    fresh = new.head.weight[10:].clone()
+    assert load_with_new_classes(new, old.state_dict()) == ["head.weight", "head.bias"]
+    assert torch.equal(new.head.weight[:10], old.head.weight)
+    assert torch.equal(new.head.weight[10:], fresh)
+    assert torch.equal(new.features[0].weight, old.features[0].weight)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.allclose(new.eval()(images)[:, :10], old.eval()(images), atol=1e-6)
+    with pytest.raises(ValueError, match="Only the last layer may have more rows"):
+        load_with_new_classes(old, new.state_dict())
+    with pytest.raises(ValueError, match="those of another module"):
+        load_with_new_classes(old, {})
 
 
 # ---- two ranks

@@ -16,7 +16,7 @@ from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy, wrap_again
 from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
-from lightning_tips.core.warmup import warm_up
+from lightning_tips.core.warmup import ScaledSteps, scale_steps, warm_up
 
 __all__ = [
     "ActsOn",
@@ -26,6 +26,7 @@ __all__ = [
     "Outputs",
     "ReplacedStep",
     "RunReportCallback",
+    "ScaledSteps",
     "SeekableSampler",
     "TipCallback",
     "TipMixin",
@@ -58,6 +59,7 @@ __all__ = [
     "require_strategy",
     "resumable",
     "say",
+    "scale_steps",
     "split_batch",
     "stored_labels",
     "targets_of",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,12 +14,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core import ActsOn, Monitor, TipCallback, require_strategy, warm_up, wrap_again
+from lightning_tips.core import (
+    ActsOn,
+    Monitor,
+    ScaledSteps,
+    TipCallback,
+    require_strategy,
+    scale_steps,
+    warm_up,
+    wrap_again,
+)
 from lightning_tips.transfer import checks
 from lightning_tips.transfer.freeze import BatchNormPolicy, hold, modules_to_hold, release, set_trainable
 from lightning_tips.transfer.inputs import check_images, expected_inputs
 from lightning_tips.transfer.layers import HEAD, LayerGroup, find_network, layer_groups, match_parameters
-from lightning_tips.transfer.rates import add_parameters, add_pull, layer_scales, set_rates, split_groups
+from lightning_tips.transfer.rates import (
+    add_parameters,
+    add_pull,
+    gradient_shares,
+    layer_scales,
+    set_rates,
+    split_groups,
+)
 from lightning_tips.transfer.schedule import PRESETS, Gate, Phase, preset_phases, write_plan
 
 
@@ -109,7 +124,7 @@ class TransferLearningCallback(TipCallback):
         metrics = [phase.monitor for phase in self._given or []] + ([] if self._given else [monitor])
         self._monitors = {m: Monitor(m, type(self).__name__) for m in dict.fromkeys(metrics) if m is not None}
         self._left: list[RemovableHandle] = []  # hooks to take off at the end
-        self._warming: list[RemovableHandle] = []
+        self._scaled: list[ScaledSteps] = []  # the steps of this phase
         self._held: list[nn.Module] = []  # in eval mode because of this tip
         self._to_hold: list[nn.Module] = []
         self._were_trainable: list[nn.Parameter] = []
@@ -126,7 +141,8 @@ class TransferLearningCallback(TipCallback):
 
     def describe(self) -> str:
         """For the table at fit start."""
-        return "; then ".join(phase.describe() for phase in self._phases)
+        phases = "; then ".join(phase.describe() for phase in self._phases)
+        return f"{phases}; batch norm {self.batch_norm}"
 
     def plan(self, module: nn.Module) -> list[Phase]:
         """The phases that a module would be trained in."""
@@ -229,7 +245,7 @@ class TransferLearningCallback(TipCallback):
         missing = checks.find_missing(trainer, pl_module, wanted)
         if missing:
             add_parameters(trainer.optimizers[0], missing, configs)
-        if any(self._decay(phase) != 1.0 for phase in self._phases):
+        if any(self._decay(phase) != 1.0 or phase.auto_rates for phase in self._phases):
             checks.check_divisible(trainer.optimizers)
             layers = {id(parameters[n]): i for i, group in enumerate(self._groups) for n in group.parameters}
             for optimizer in trainer.optimizers:
@@ -242,7 +258,7 @@ class TransferLearningCallback(TipCallback):
         super().on_train_start(trainer, pl_module)
         for monitor in self._monitors.values():
             monitor.on_train_start(trainer)
-        self._warm_up(trainer)
+        self._scale_steps(trainer)
         if trainer.global_step == 0:
             self._watch_inputs(pl_module)
         if not self.events:
@@ -332,7 +348,7 @@ class TransferLearningCallback(TipCallback):
         self._make_gate()
         self._set_rates(trainer, pl_module, before)
         self._apply(trainer, pl_module)
-        self._warm_up(trainer)
+        self._scale_steps(trainer)
         self._record(trainer)
 
     def _record(self, trainer: pl.Trainer) -> None:
@@ -377,12 +393,14 @@ class TransferLearningCallback(TipCallback):
         pairs = zip(self._groups, shares, strict=True)
         return {id(parameters[name]): share for group, share in pairs for name in group.parameters}
 
-    def _warm_up(self, trainer: pl.Trainer) -> None:
-        _remove(self._warming)
+    def _scale_steps(self, trainer: pl.Trainer) -> None:
+        _remove(self._scaled)
+        if self._phases[self._number].auto_rates:
+            self._scaled += [scale_steps(optimizer, gradient_shares) for optimizer in trainer.optimizers]
         steps, began = self._phases[self._number].warmup_steps, self._began[1]
         if steps and trainer.global_step - began < steps:
             for optimizer in trainer.optimizers:
-                self._warming += warm_up(optimizer, steps, lambda: trainer.global_step - began)
+                self._scaled.append(warm_up(optimizer, steps, lambda: trainer.global_step - began))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -422,7 +440,7 @@ class TransferLearningCallback(TipCallback):
 
     def _leave(self) -> None:
         _remove(self._left)
-        _remove(self._warming)
+        _remove(self._scaled)
         release(self._held)
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
@@ -433,8 +451,7 @@ def _trains(group: dict[str, Any]) -> bool:
     return any(p.requires_grad for p in group["params"])
 
 
-def _remove(handles: Sequence[RemovableHandle]) -> None:
+def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
-    if isinstance(handles, list):
-        handles.clear()
+    handles.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,25 @@ def set_rates(
                         same = rates[number] == full[number]
                         rates[number] = target if same else rates[number] * ratio
     return max(group_rates(optimizer)[number] for number in mine)
+
+
+def gradient_shares(optimizer: Optimizer) -> list[float] | None:
+    """The share of the rate that each parameter group gets by auto-RGN: the relative norm of its gradient.
+
+    Lee et al. 2023 (arXiv 2210.11466): layers whose gradient is large beside their weights are those that the new data
+    asks to change. The group with the largest ratio gets all of the rate.
+
+    Returns:
+        A share in [0, 1] for each group; ``None`` where nothing has a gradient.
+    """
+    ratios = []
+    for group in optimizer.param_groups:
+        trained = [p for p in group["params"] if p.grad is not None]
+        weights = sum(float(p.detach().double().square().sum()) for p in trained)
+        gradient = sum(float(p.grad.detach().double().square().sum()) for p in trained)
+        ratios.append(math.sqrt(gradient / weights) if weights and math.isfinite(gradient) else 0.0)
+    largest = max(ratios, default=0.0)
+    return [ratio / largest for ratio in ratios] if largest else None
 
 
 def _flat(schedulers: Iterable[Any]) -> list[Any]:

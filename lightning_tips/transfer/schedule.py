@@ -38,6 +38,7 @@ class Phase:
         layer_decay: Each group before the head has this share of the rate of the one after it.
         batch_norm: Policy while it lasts, where it differs from the callback's.
         warmup_steps: Optimizer steps over which its learning rate rises from near 0.
+        auto_rates: Each layer group gets a share of the rate by the relative norm of its gradient (auto-RGN).
         l2: Strength of a pull of the head's weights to zero.
         l2_sp: Strength of a pull of all other weights to where they started.
     """
@@ -54,6 +55,7 @@ class Phase:
     layer_decay: float | None = None
     batch_norm: BatchNormPolicy | None = None
     warmup_steps: int = 0
+    auto_rates: bool = False
     l2: float = 0.0
     l2_sp: float = 0.0
 
@@ -83,6 +85,7 @@ class Phase:
         options += [f"layer decay {self.layer_decay:g}" if self.layer_decay not in (None, 1.0) else ""]
         options += [f"batch norm {self.batch_norm}" if self.batch_norm else ""]
         options += [f"{self.warmup_steps} steps of warm-up" if self.warmup_steps else ""]
+        options += ["rates by gradient" if self.auto_rates else ""]
         options += [f"{key} {value:g}" for key, value in (("l2", self.l2), ("l2_sp", self.l2_sp)) if value]
         given = ", ".join(option for option in options if option)
         ends = [f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"] if self.epochs is not None else []
