@@ -11,6 +11,7 @@ from lightning_tips.imbalance import (
     class_weights,
 )
 from lightning_tips.optimizer import OptimizerSwitchCallback
+from lightning_tips.transfer import TransferLearningCallback
 
 __all__ = [
     "ClassAugmentationCallback",
@@ -21,5 +22,6 @@ __all__ = [
     "ImbalancedSamplerMixin",
     "OptimizerSwitchCallback",
     "RunReportCallback",
+    "TransferLearningCallback",
     "class_weights",
 ]

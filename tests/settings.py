@@ -161,6 +161,16 @@ def augmented_all(trainer: Trainer, tip: Any) -> None:
     assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
 
 
+def thawed_step_by_step(trainer: Trainer, tip: Any) -> None:
+    assert [(event.epoch, event.what.split(":")[0]) for event in tip.events] == [
+        (0, "head"),
+        (1, "from features.3"),
+        (2, "all"),
+    ]
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(trainer.lightning_module.parameters()))
+
+
 SETTINGS = [
     Setting(
         lightning_tips.ClassAugmentationCallback,
@@ -195,6 +205,11 @@ SETTINGS = [
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
         },
         second={"at": 4},
+    ),
+    Setting(
+        lightning_tips.TransferLearningCallback,
+        thawed_step_by_step,
+        {"schedule": "gradual", "phase_epochs": 1, "layer_decay": 0.5, "warmup_steps": 3, "l2_sp": 0.01},
     ),
 ]
 

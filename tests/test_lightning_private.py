@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core.lightning_private import (
     SHARDED_METADATA,
     change_train_loaders,
+    delay_static_graph_again,
     epoch_of_samplers,
     logging_step,
     with_sampler,
@@ -82,6 +85,14 @@ def test_logging_step_is_the_one_that_lightning_logs_under(tmp_path: Path) -> No
 
 def test_metadata_file_of_a_sharded_checkpoint() -> None:
     assert SHARDED_METADATA == _METADATA_FILENAME
+
+
+def test_static_graph_delay_of_ddp_is_still_a_flag_that_starts_unset() -> None:
+    strategy = DDPStrategy(accelerator=CPUAccelerator())
+    assert strategy._pl_static_graph_delay_done is False
+    strategy._pl_static_graph_delay_done = True
+    delay_static_graph_again(strategy)
+    assert strategy._pl_static_graph_delay_done is False
 
 
 def test_parts_of_torch_schedulers_that_are_copied_to_another_optimizer() -> None:

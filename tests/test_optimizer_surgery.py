@@ -14,11 +14,10 @@ from torch.optim import SGD, Adadelta, Adam, AdamW, Muon, RMSprop
 from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
 
-from lightning_tips.core import move_schedulers, note_full_rates, rebuild_optimizer
+from lightning_tips.core import move_schedulers, note_full_rates, rebuild_optimizer, warm_up
 from lightning_tips.core.optimizers import translate_weight_decay
 from lightning_tips.optimizer import SwatsProjection, switch_optimizer
 from lightning_tips.optimizer.swats import SettledTrigger
-from lightning_tips.optimizer.warmup import warm_up
 
 
 class OwnSGD(torch.optim.Optimizer):

@@ -105,6 +105,16 @@ def test_rooms_import_only_what_they_may() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_few_images_in_its_smallest_form(tmp_path: Path, capsys) -> None:
+    few_images = load(ROOT / "benchmarks/transfer/few_images.py")
+    arguments = ["--smoke", "--epochs=2", "--images", "40", "--seeds", "0", f"--out={tmp_path / 'few.csv'}"]
+    rows = few_images.main([*arguments, "--arms", "lp_ft_frozen", "scratch_resnet8"])
+    assert [row["arm"] for row in rows] == ["lp_ft_frozen", "scratch_resnet8"]
+    assert "fine-tune: all train" in capsys.readouterr().out
+    result = few_images.main(["--smoke", "--speed", "--rounds=1", f"--out={tmp_path / 'speed.json'}"])
+    assert json.loads((tmp_path / "speed.json").read_text()) == result
+
+
 def test_resume_study_in_its_smallest_form(tmp_path: Path) -> None:
     resume = load(ROOT / "benchmarks/optimizer/resume.py")
     result = resume.main(["--digits", "--seeds", "0", f"--out={tmp_path / 'resume.json'}"])

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from lightning_tips import OptimizerSwitchCallback
+from lightning_tips import OptimizerSwitchCallback, TransferLearningCallback
 
 from harness import PlainData, ResumableLoader, assert_same, bits, build, every_epoch, every_step
 
@@ -189,3 +189,21 @@ def test_torchgeo_resumed_in_mid_epoch_equals_the_uninterrupted_run(classificati
     assert whole["kinds"] == ["SGD"]
     for step in (9, 14):  # before and after the switch in step 12
         assert_same(run(ckpt_path=tmp_path / f"step-step={step}.ckpt"), whole, f"resumed from step {step}")
+
+
+def test_torchgeo_is_thawed(classification_task, tmp_path: Path) -> None:
+    transfer = TransferLearningCallback("lp_ft", phase_epochs=2, layer_decay=0.5, warmup_steps=0, check_inputs=False)
+    frozen: list[dict[str, Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            frozen.append({k: v.clone() for k, v in pl_module.model.state_dict().items() if not k.startswith("fc.")})
+
+    trainer = train_task(classification_task, transfer, Keep(), patience=100, folder=tmp_path, max_epochs=4)
+    assert [event.epoch for event in transfer.events] == [0, 2]
+    assert_same(frozen[2], frozen[0])
+    held = [id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in trainer.lightning_module.model.parameters())
+    assert trainer.lr_scheduler_configs[0].scheduler.min_lrs == [0] * len(trainer.optimizers[0].param_groups)
+    moved = [k for k, v in trainer.lightning_module.model.state_dict().items() if k in frozen[0]]
+    assert any(not torch.equal(trainer.lightning_module.model.state_dict()[k], frozen[0][k]) for k in moved)

@@ -10,12 +10,13 @@ from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
 from lightning_tips.core.monitor import Monitor
-from lightning_tips.core.optimizers import WeightDecay, install, rebuild_optimizer
+from lightning_tips.core.optimizers import WeightDecay, group_rates, install, rebuild_optimizer
 from lightning_tips.core.report import RunReportCallback
 from lightning_tips.core.schedulers import move_schedulers, note_full_rates
-from lightning_tips.core.strategies import before_checkpoint_load, require_strategy
+from lightning_tips.core.strategies import before_checkpoint_load, require_strategy, wrap_again
 from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
+from lightning_tips.core.warmup import ScaledSteps, scale_steps, warm_up
 
 __all__ = [
     "ActsOn",
@@ -25,6 +26,7 @@ __all__ = [
     "Outputs",
     "ReplacedStep",
     "RunReportCallback",
+    "ScaledSteps",
     "SeekableSampler",
     "TipCallback",
     "TipMixin",
@@ -40,6 +42,7 @@ __all__ = [
     "did_you_mean",
     "find_labels",
     "find_tips",
+    "group_rates",
     "inputs_of",
     "install",
     "log_numbers",
@@ -56,7 +59,10 @@ __all__ = [
     "require_strategy",
     "resumable",
     "say",
+    "scale_steps",
     "split_batch",
     "stored_labels",
     "targets_of",
+    "warm_up",
+    "wrap_again",
 ]

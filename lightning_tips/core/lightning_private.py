@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, Sampler
 
@@ -74,6 +75,15 @@ def count_epoch_start(trainer: pl.Trainer) -> None:
     if progress.current.ready == progress.current.processed:  # type: ignore[attr-defined]
         progress.increment_ready()
         progress.increment_started()
+
+
+def delay_static_graph_again(strategy: DDPStrategy) -> None:
+    """Lets a freshly wrapped module with a static graph start as the first one did.
+
+    With manual optimization Lightning puts off the reducer's first pass, and does so once only; without it the ranks
+    silently come apart.
+    """
+    strategy._pl_static_graph_delay_done = False
 
 
 def epoch_of_samplers(trainer: pl.Trainer) -> int:

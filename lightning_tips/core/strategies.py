@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_tips.core.lightning_private import SHARDED_METADATA
+from lightning_tips.core.lightning_private import SHARDED_METADATA, delay_static_graph_again
 
 CheckpointHook = Callable[[dict[str, Any]], None]
 
@@ -44,6 +44,26 @@ def require_strategy(trainer: pl.Trainer, tip: object, *supported: type[Strategy
             f"{type(tip).__name__} does not work with {type(strategy).__name__}. Use one of: {names} (for sharded"
             " training ModelParallelStrategy, which is FSDP2)."
         )
+
+
+def wrap_again(strategy: Strategy, module: pl.LightningModule) -> bool:
+    """Makes DDP see which parameters require gradients now.
+
+    Its reducer registers those that do when the module is wrapped: one that is thawed later would be trained on each
+    rank's own gradient, without a word. Between two optimizer steps; gradients are dropped, as they may be views of the
+    old reducer's buckets. To be called on all ranks; does nothing under a strategy that is not DDP.
+
+    Returns:
+        Whether there was something to do.
+    """
+    if not isinstance(strategy, DDPStrategy):
+        return False
+    for parameter in module.parameters():
+        parameter.grad = None
+    strategy.model = module
+    delay_static_graph_again(strategy)
+    strategy.configure_ddp()
+    return True
 
 
 def before_checkpoint_load(strategy: Strategy, key: str, hook: CheckpointHook) -> None:

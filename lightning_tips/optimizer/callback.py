@@ -23,12 +23,12 @@ from lightning_tips.core import (
     install,
     note_full_rates,
     require_strategy,
+    warm_up,
 )
 from lightning_tips.optimizer import checks
 from lightning_tips.optimizer.swats import SettledTrigger, SwatsProjection
 from lightning_tips.optimizer.switch import Switch, switch_optimizer, target_name
 from lightning_tips.optimizer.triggers import FluctuationTrigger, MetricTrigger, PlateauTrigger
-from lightning_tips.optimizer.warmup import warm_up
 
 
 class OptimizerSwitchCallback(TipCallback):
