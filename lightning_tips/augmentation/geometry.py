@@ -69,12 +69,11 @@ def _sources(factor: Array, offset: Array, side: int) -> NDArray[np.int64]:
 def _overlap(sources: NDArray[np.int64], side: int) -> tuple[slice, slice]:
     """What lies inside: a slice of the result, and the slice of the source that goes there."""
     first, last = int(sources[0]), int(sources[-1])
+    low, high = max(min(first, last), 0), min(max(first, last) + 1, side)
+    if low >= high:
+        return slice(0, 0), slice(0, 0)
     if first <= last:
-        low, high = max(first, 0), min(last + 1, side)
-        high = max(high, low)
         return slice(low - first, high - first), slice(low, high)
-    low, high = max(last, 0), min(first + 1, side)
-    high = max(high, low)
     return slice(first - high + 1, first - low + 1), slice(high - 1, low - 1 if low else None, -1)
 
 

@@ -197,7 +197,7 @@ class ColourOperation(Operation):
     @property
     def interval(self) -> tuple[float, float]:
         """The factors' range."""
-        return self.amount  # type: ignore[attr-defined, no-any-return]
+        return self.amount  # type: ignore[attr-defined]
 
     def factors(self, numbers: Array) -> Array:
         """(B,), from uniform numbers (B, NUMBERS)."""
