@@ -3,9 +3,9 @@
     python benchmarks/augmentation/throughput.py            two minutes
     python benchmarks/augmentation/throughput.py --smoke    a moment
 
-Process CPU time, one thread, medians over rounds in which the candidates take turns, so that a busy machine slows all of
-them alike. The chain: both flips, rotation up to 15 degrees, brightness, contrast and saturation 0.2, hue 0.05, a blur of
-3 taps, a crop after padding by 8; on 3x64x64 uint8. The second chain is flip and crop alone.
+Process CPU time, one thread, medians over rounds in which the candidates take turns, so that a busy machine slows all
+alike. The chain: both flips, rotation up to 15 degrees, brightness, contrast and saturation 0.2, hue 0.05, a blur of 3
+taps, a crop after padding by 8; on 3x64x64 uint8. The second chain is flip and crop alone.
 """
 
 from __future__ import annotations

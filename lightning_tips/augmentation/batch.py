@@ -133,14 +133,14 @@ class _Chunk:
         if len(places):
             work = self._load(result, places)
             if len(bent := np.flatnonzero(~straight[places])):
-                _put(work, bent, partial(resample, maps=maps[places[bent]], padding=self.padding))
+                work = _change(work, bent, partial(resample, maps=maps[places[bent]], padding=self.padding))
             if len(changed := np.flatnonzero(coloured[places])):
                 parts = [factor[places[changed]] for factor in factors]
-                _put(work, changed, partial(change_colours, operations=colours, factors=parts, top=self.top))
+                work = _change(work, changed, partial(change_colours, operations=colours, factors=parts, top=self.top))
             for operation, chosen, own in blurs:
                 if len(here := np.flatnonzero(chosen[places])):
                     kernels = operation.kernels(own[places[here]])
-                    _put(work, here, partial(blur, kernels=kernels))
+                    work = _change(work, here, partial(blur, kernels=kernels))
             result = self._store(work, places, result)
         for operation, chosen, own in erases:
             if chosen.any():
@@ -187,10 +187,13 @@ def _index(places: NDArray[np.int64], count: int, device: torch.device) -> Any:
     return slice(None) if len(places) == count else torch.from_numpy(places).to(device)
 
 
-def _put(work: Tensor, places: NDArray[np.int64], change: Callable[[Tensor], Tensor]) -> None:
+def _change(work: Tensor, places: NDArray[np.int64], change: Callable[[Tensor], Tensor]) -> Tensor:
     """Changes some of the samples in ``work``."""
-    at = _index(places, len(work), work.device)
+    if len(places) == len(work):
+        return change(work)
+    at = torch.from_numpy(places).to(work.device)
     work[at] = change(work[at])
+    return work
 
 
 def _one_by_one(images: Tensor, transform: Callable[[Tensor], Tensor], seeds: Tensor, number: int) -> Tensor:
