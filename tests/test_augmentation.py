@@ -30,8 +30,11 @@ from lightning_tips.augmentation import (
     Shift,
     VerticalFlip,
     augment_batch,
+    guard_table,
+    label_guard,
     mix_batch,
     read_policy,
+    safe_operation,
 )
 from lightning_tips.augmentation.geometry import move_pixels, resample
 from lightning_tips.augmentation.random_numbers import uniforms
@@ -596,3 +599,80 @@ def test_batches_that_are_no_images_are_refused(tmp_path: Path) -> None:
         trainer.fit(module, DataLoader(Rows(), 32), DataLoader(Numbered(), 64))
     with pytest.raises(ValueError, match="nothing to do"):
         BatchAugmentationCallback([])
+
+
+# ---- the label guard, and the preview from the command line
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network trained on digits at 16x16 with small shifts and turns; validation images and labels."""
+    data = PlainData()
+    images = F.interpolate(data.images, 16, mode="bilinear")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(512, 10)),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(200):
+        chosen = torch.arange(step * 64, step * 64 + 64) % 1000
+        batch = augment_batch(images[chosen], [Shift(1), Rotate(10)], torch.arange(64) + step * 64)
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch), data.labels[chosen]).backward()
+        optimizer.step()
+    return model.eval(), images[1000:], data.labels[1000:]
+
+
+def test_guard_flags_what_changes_the_content(digits) -> None:
+    rows = label_guard(*digits, [Rotate((180, 180)), Shift(1), Brightness(0.1)])
+    flagged = {(row.operation.split("(")[0], row.label): row for row in rows if row.flagged()}
+    assert {operation for operation, _ in flagged} == {"Rotate"}
+    assert flagged["Rotate", 6].taken_for == 9
+    assert flagged["Rotate", 9].taken_for == 6
+    assert flagged["Rotate", 6].verdict == "becomes class 9"
+    assert flagged["Rotate", 6].confidence < flagged["Rotate", 6].clean_confidence
+    assert ("Rotate", 0) not in flagged
+    table = guard_table(rows)
+    assert "becomes 9" in table
+    assert "Shift" not in table
+    assert guard_table([row for row in rows if "Shift" in row.operation]).startswith("None of 10")
+
+
+def test_guard_shrinks_a_range(digits) -> None:
+    smaller = safe_operation(*digits, Rotate(180))
+    assert isinstance(smaller, Rotate)
+    assert 0 < smaller.degrees[1] < 180  # type: ignore[index]
+    assert safe_operation(*digits, Shift(1)) == Shift(1)
+    assert safe_operation(*digits, VerticalFlip()) is None
+
+
+def test_preview_from_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    import yaml
+
+    from lightning_tips.cli import main
+
+    config = {
+        "trainer": {"accelerator": "cpu", "callbacks": [{"class_path": "BatchAugmentationCallback"}]},
+        "model": {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}},
+        "data": {"class_path": "DigitsDataModule"},
+    }
+    config["trainer"]["callbacks"][0]["init_args"] = {  # type: ignore[index]
+        "policy": [
+            "HorizontalFlip",
+            {"Rotate": {"degrees": 15}},
+            {"class_path": "torchvision.transforms.v2.RandomErasing"},
+        ],
+        "mixup": 0.2,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("sys.argv", ["lightning-tips"])
+    assert main(["preview", "--config", "run.yaml", "--out", "sheet.png"]) == 0
+    assert Path("sheet.png").stat().st_size > 5000
+    assert "HorizontalFlip, Rotate, RandomErasing, mixup 0.2" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "sheet.png"}  # nothing was trained
+    config["trainer"]["callbacks"] = []
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit, match="no BatchAugmentationCallback"):
+        main(["preview", "--config", "run.yaml"])

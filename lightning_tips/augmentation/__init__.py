@@ -2,6 +2,7 @@
 
 from lightning_tips.augmentation.batch import augment_batch
 from lightning_tips.augmentation.callback import BatchAugmentationCallback
+from lightning_tips.augmentation.guard import GuardRow, guard_table, label_guard, safe_operation
 from lightning_tips.augmentation.mix import mix_batch
 from lightning_tips.augmentation.operations import (
     OPERATIONS,
@@ -30,6 +31,7 @@ __all__ = [
     "Contrast",
     "Crop",
     "Erase",
+    "GuardRow",
     "HorizontalFlip",
     "Hue",
     "Operation",
@@ -39,6 +41,9 @@ __all__ = [
     "VerticalFlip",
     "augment_batch",
     "contact_sheet",
+    "guard_table",
+    "label_guard",
     "mix_batch",
     "read_policy",
+    "safe_operation",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -173,14 +174,18 @@ class BatchAugmentationCallback(TipCallback):
         """Stands before the training step."""
         self._release()
         self._tried = False
-        self._batch_size = _batch_size(trainer.train_dataloader)
-        if self.only_classes is not None:
-            self._chosen = self._choose(trainer)
-        self._classes = self._count_classes(trainer, pl_module) if self.mixup or self.cutmix else None
+        self.look_at(trainer.train_dataloader, pl_module)
         self._step = ReplacedStep(trainer.strategy, lambda *args, **kwargs: self._train(trainer, *args, **kwargs))
         super().on_train_start(trainer, pl_module)
         if not self.events:
             self.record(trainer, self.describe())
+
+    def look_at(self, loader: Any, pl_module: pl.LightningModule) -> None:
+        """Learns what it must know of the training data: the batch size and, where it needs them, the classes."""
+        self._batch_size = _batch_size(loader)
+        if self.only_classes is not None:
+            self._chosen = self._choose(loader)
+        self._classes = self._count_classes(loader, pl_module) if self.mixup or self.cutmix else None
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says when it goes off."""
@@ -205,7 +210,7 @@ class BatchAugmentationCallback(TipCallback):
             if not self._tried:
                 check_images(images, self.value_range)
                 if trainer.global_step == 0:
-                    self._show(trainer, batch, images)
+                    self._show(trainer, batch)
             changed = replace_inputs(batch, self._augment(trainer, batch, images), self.input_key)
             if self.mixup or self.cutmix:
                 changed = self._mix(trainer, changed)
@@ -278,15 +283,14 @@ class BatchAugmentationCallback(TipCallback):
 
     # ---- what it needs to know
 
-    def _labels(self, trainer: pl.Trainer) -> Any:
-        loader = trainer.train_dataloader
+    def _counts(self, loader: Any) -> Any:
         try:
             return class_counts(find_labels(getattr(loader, "dataset", loader), self.target_key))
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
-    def _choose(self, trainer: pl.Trainer) -> list[int]:
-        counts = self._labels(trainer)
+    def _choose(self, loader: Any) -> list[int]:
+        counts = self._counts(loader)
         if self.only_classes == "minority":
             chosen = [c for c, number in enumerate(counts.tolist()) if number < counts.mean()]
             if not chosen:
@@ -301,7 +305,7 @@ class BatchAugmentationCallback(TipCallback):
             )
         return chosen
 
-    def _count_classes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
+    def _count_classes(self, loader: Any, pl_module: pl.LightningModule) -> int | None:
         if self.num_classes is not None:
             return self.num_classes
         for owner in (pl_module, getattr(pl_module, "hparams", {})):
@@ -309,33 +313,45 @@ class BatchAugmentationCallback(TipCallback):
             if isinstance(found, int):
                 return found
         try:
-            return len(self._labels(trainer))
+            return len(self._counts(loader))
         except MisconfigurationException:
             return None  # wanted for class indices only; mix_batch then says to pass num_classes
 
     # ---- the contact sheet
 
-    def _show(self, trainer: pl.Trainer, batch: Any, images: Tensor) -> None:
-        if not self.preview or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
-        clean = images[:PREVIEWED]
+    def _show(self, trainer: pl.Trainer, batch: Any) -> None:
+        if self.preview and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            path = report_folder(trainer) / "augmentation.png"
+            self.draw(trainer, batch, getattr(trainer.train_dataloader, "dataset", None), path)
+            log_picture(trainer, "tips/augmentation/preview", path)
+            say(trainer, f"What the augmentation shows: {path}")
+
+    def draw(self, trainer: pl.Trainer, batch: Any, dataset: Any, path: Path) -> None:
+        """Leaves the contact sheet of a batch: images as they are, in this epoch, in the next ones, and mixed.
+
+        Args:
+            trainer: Tells the epoch.
+            batch: Of the training data.
+            dataset: Where it is from; its ``classes`` name the labels.
+            path: The PNG to write.
+        """
+        images = inputs_of(batch, self.input_key)
         forms = [self._augment(trainer, batch, images, later, PREVIEWED) for later in range(FORMS)]
         titles = [f"epoch {trainer.current_epoch + later}" for later in range(FORMS)]
         if self.mixup or self.cutmix:
             augmented = replace_inputs(batch, self._augment(trainer, batch, images), self.input_key)
             forms.append(inputs_of(self._mix(trainer, augmented), self.input_key)[:PREVIEWED])
             titles.append("mixed")
-        path = report_folder(trainer) / "augmentation.png"
-        contact_sheet(clean, forms, self._names(trainer, batch, len(clean)), path, self.value_range or (0, 1), titles)
-        log_picture(trainer, "tips/augmentation/preview", path)
-        say(trainer, f"What the augmentation shows: {path}")
+        clean = images[:PREVIEWED]
+        contact_sheet(clean, forms, self._names(dataset, batch, len(clean)), path, self.value_range or (0, 1), titles)
 
-    def _names(self, trainer: pl.Trainer, batch: Any, count: int) -> list[str]:
+    def _names(self, dataset: Any, batch: Any, count: int) -> list[str]:
         try:
             targets = targets_of(batch, self.target_key)[:count]
         except (KeyError, TypeError):
             return [""] * count
-        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset  # a Subset
         names = getattr(dataset, "classes", None)
         if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.numel() != count:
             return [""] * count
