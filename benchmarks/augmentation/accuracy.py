@@ -63,8 +63,8 @@ def train(
     model = network()
     images, labels = data
     steps = len(images) // 64
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=epochs * steps)
     generator = torch.Generator().manual_seed(seed)
     started = time.process_time()
     for epoch in range(epochs):
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("accuracy.json"))
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 60])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 40])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--smoke", action="store_true", help="digits, one epoch, two arms")
     chosen = parser.parse_args(arguments)

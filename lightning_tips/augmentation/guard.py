@@ -203,8 +203,7 @@ def _shrunk(operation: Operation, share: float) -> Operation | None:
         return replace(operation, degrees=(share * low, share * high))
     if isinstance(operation, ColourOperation):
         middle, (low, high) = operation.neutral, operation.interval
-        kept = replace(kept, amount=(middle + share * (low - middle), middle + share * (high - middle)))
-        return kept  # type: ignore[no-any-return]
+        return replace(kept, amount=(middle + share * (low - middle), middle + share * (high - middle)))
     if isinstance(operation, Shift):
         if operation.by < 1:
             return replace(operation, by=operation.by * share)

@@ -51,7 +51,7 @@ def contact_sheet(
     axis.set_yticks([n * (height + gap) + height / 2 for n in range(len(labels))], labels, fontsize="small")
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")  # long labels would be cut off
 
 
 def _picture(image: Tensor, value_range: tuple[float, float]) -> NDArray[np.float32]:
