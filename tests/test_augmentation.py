@@ -277,6 +277,10 @@ def test_layouts_of_memory_and_empty_batches() -> None:
     assert torch.equal(
         augment_batch(photos(12)[::2], "light", seeds), augment_batch(photos(12)[::2].clone(), "light", seeds)
     )
+    floats = photos(6, dtype=torch.float32)
+    expected = augment_batch(floats, "strong", seeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment_batch(floats.clone().requires_grad_(), "strong", seeds), expected)
     assert augment_batch(images[:0], "strong", seeds[:0]).shape == (0, 3, 16, 20)
     assert augment_batch(photos(2, side=1), "strong", seeds[:2]).shape == (2, 3, 1, 5)
 

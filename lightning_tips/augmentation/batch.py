@@ -82,19 +82,26 @@ def augment_batch(
     numbers = uniforms(seeds.long(), len(steps), NUMBERS)
     result = torch.empty_like(images, memory_format=torch.contiguous_format)
     size = max(1, CHUNK_BYTES // (4 * max(1, images[:1].numel()))) if images.device.type == "cpu" else len(images)
-    for start in range(0, len(images), max(1, size)):
-        part = slice(start, start + size)
-        chunk = images[part]
-        for is_own, group in groupby(enumerate(steps), lambda pair: isinstance(pair[1], Operation)):
-            members = list(group)
-            if is_own:
-                columns = [n for n, _ in members]
-                chunk = _Chunk(chunk, low, high, padding).run([s for _, s in members], numbers[part][:, columns])
-            else:
-                for n, transform in members:
-                    chunk = _one_by_one(chunk, transform, seeds[part], n)  # type: ignore[arg-type]
-        result[part] = chunk
+    with torch.autocast(images.device.type, enabled=False):  # it would take the colours' matrices to half precision
+        for start in range(0, len(images), max(1, size)):
+            part = slice(start, start + size)
+            result[part] = _through(images[part].detach(), steps, numbers[part], seeds[part], low, high, padding)
     return result
+
+
+def _through(
+    chunk: Tensor, steps: Sequence[Step], numbers: Array, seeds: Tensor, low: float, high: float, padding: Padding
+) -> Tensor:
+    """A few images through all steps: neighbouring operations of ours together, transforms of others one by one."""
+    for is_own, group in groupby(enumerate(steps), lambda pair: isinstance(pair[1], Operation)):
+        members = list(group)
+        if is_own:
+            columns = [n for n, _ in members]
+            chunk = _Chunk(chunk, low, high, padding).run([step for _, step in members], numbers[:, columns])
+        else:
+            for n, transform in members:
+                chunk = _one_by_one(chunk, transform, seeds, n)  # type: ignore[arg-type]
+    return chunk
 
 
 class _Chunk:

@@ -76,7 +76,8 @@ class BatchAugmentationCallback(TipCallback):
         seed: Of the random numbers.
         input_key: Key of the images in batches that are dicts, if it is none of the usual ones.
         target_key: Key of the targets, likewise.
-        sample_key: Key of the samples' own numbers (B,) in batches that are dicts, or their place in tuples.
+        sample_key: Key of the samples' own numbers (B,) in batches that are dicts, or their place in tuples. Not beside
+            over-sampling: the repeats of a sample in one epoch would look alike.
 
     Raises:
         ValueError: For a policy or numbers out of their domain.
@@ -215,7 +216,9 @@ class BatchAugmentationCallback(TipCallback):
             if self.mixup or self.cutmix:
                 changed = self._mix(trainer, changed)
         except (KeyError, TypeError, ValueError) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error.args[0]}") from error
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {error.args[0] if error.args else error!r}"
+            ) from error
         if self._tried or not (self.mixup or self.cutmix):
             self._tried = True
             return step(changed, *args, **kwargs)
