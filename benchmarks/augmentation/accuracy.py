@@ -95,13 +95,14 @@ def train(
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("accuracy.json"))
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 40])
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[10, 40])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--smoke", action="store_true", help="digits, one epoch, two arms")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    arms = ARMS
+    arms = {name: ARMS[name] for name in dict.fromkeys(["none", *chosen.arms])}
     if chosen.smoke:
         chosen.images, chosen.epochs, chosen.seeds, arms = 128, [1], [0], {k: ARMS[k] for k in ("none", "standard")}
     module = DigitsDataModule() if chosen.smoke else FashionMNISTDataModule()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from lightning_tips.augmentation.mix import mix_batch
 from lightning_tips.augmentation.policies import Policy, Step, describe_policy, read_policy
 from lightning_tips.augmentation.preview import contact_sheet
 from lightning_tips.augmentation.random_numbers import hashed
+from lightning_tips.augmentation.surroundings import (
+    TAKES_MIXED,
+    UNKNOWN_SIZE,
+    batch_size_of,
+    belong_to,
+    label_names,
+    own_numbers,
+    refuse_hard_losses,
+)
 from lightning_tips.core import (
     ActsOn,
     ReplacedStep,
@@ -35,20 +44,6 @@ from lightning_tips.core import (
 
 PREVIEWED = 8  # images in the contact sheet
 FORMS = 3  # of each
-UNKNOWN_SIZE = 1 << 20  # more samples than a batch has, where a loader does not tell its batch size
-
-# Losses that take class indices only. timm is known by name, because importing it takes seconds.
-HARD_LOSSES = (
-    "torch.nn.modules.loss.NLLLoss",
-    "torch.nn.modules.loss.MultiMarginLoss",
-    "torch.nn.modules.loss.MultiLabelMarginLoss",
-    "timm.loss.cross_entropy.LabelSmoothingCrossEntropy",
-    "timm.loss.jsd.JsdCrossEntropy",
-)
-TAKES_MIXED = (
-    "a loss that takes probabilities (B, C), as nn.CrossEntropyLoss (label_smoothing included), F.cross_entropy,"
-    " nn.BCEWithLogitsLoss and timm's SoftTargetCrossEntropy do, and metrics on targets.argmax(1)"
-)
 
 
 class BatchAugmentationCallback(TipCallback):
@@ -162,12 +157,7 @@ class BatchAugmentationCallback(TipCallback):
             )
         if not (self.mixup or self.cutmix):
             return
-        for name, module in pl_module.named_modules():
-            if f"{type(module).__module__}.{type(module).__name__}" in HARD_LOSSES:
-                raise MisconfigurationException(
-                    f"{type(module).__name__} ({name!r}) takes class indices only, but mixup and cutmix make"
-                    f" probabilities of them. Use {TAKES_MIXED}; or leave mixup and cutmix at 0."
-                )
+        refuse_hard_losses(pl_module)
 
     # ---- training
 
@@ -183,7 +173,7 @@ class BatchAugmentationCallback(TipCallback):
 
     def look_at(self, loader: Any, pl_module: pl.LightningModule) -> None:
         """Learns what it must know of the training data: the batch size and, where it needs them, the classes."""
-        self._batch_size = _batch_size(loader)
+        self._batch_size = batch_size_of(loader)
         if self.only_classes is not None:
             self._chosen = self._choose(loader)
         self._classes = self._count_classes(loader, pl_module) if self.mixup or self.cutmix else None
@@ -242,7 +232,7 @@ class BatchAugmentationCallback(TipCallback):
         images = images[:first]
         if self._chosen is None:
             return self._apply(images, seeds)
-        belong = _belong(targets_of(batch, self.target_key)[:first], self._chosen)
+        belong = belong_to(targets_of(batch, self.target_key)[:first], self._chosen)
         result = images.clone()
         if bool(belong.any()):
             result[belong] = self._apply(images[belong], seeds[belong.cpu()])
@@ -258,20 +248,11 @@ class BatchAugmentationCallback(TipCallback):
         """(B,) int64, by seed, epoch and sample."""
         epoch = hashed(hashed(np.array([self.seed]).astype(np.uint64)), trainer.current_epoch + later)
         if self.sample_key is not None:
-            identity = self._own_numbers(batch).astype(np.int64)
+            identity = own_numbers(batch, self.sample_key)
         else:  # its place in the order of all ranks together, which take turns
             identity = (self._batch_idx * self._batch_size + np.arange(count)) * trainer.world_size
             identity += trainer.global_rank
         return torch.from_numpy(hashed(epoch, identity).view(np.int64))
-
-    def _own_numbers(self, batch: Any) -> Any:
-        try:
-            numbers = batch[self.sample_key]
-        except (KeyError, IndexError, TypeError) as error:
-            raise KeyError(f"The batch has no samples' numbers under sample_key={self.sample_key!r}.") from error
-        if not isinstance(numbers, Tensor) or numbers.ndim != 1 or numbers.is_floating_point():
-            raise TypeError(f"The samples' numbers under sample_key={self.sample_key!r} must be integers (B,).")
-        return numbers.cpu().numpy()
 
     def _mix(self, trainer: pl.Trainer, batch: Any) -> Any:
         images, targets = inputs_of(batch, self.input_key), targets_of(batch, self.target_key)
@@ -346,21 +327,8 @@ class BatchAugmentationCallback(TipCallback):
             forms.append(inputs_of(self._mix(trainer, augmented), self.input_key)[:PREVIEWED])
             titles.append("mixed")
         clean = images[:PREVIEWED]
-        contact_sheet(clean, forms, self._names(dataset, batch, len(clean)), path, self.value_range or (0, 1), titles)
-
-    def _names(self, dataset: Any, batch: Any, count: int) -> list[str]:
-        try:
-            targets = targets_of(batch, self.target_key)[:count]
-        except (KeyError, TypeError):
-            return [""] * count
-        while not hasattr(dataset, "classes") and hasattr(dataset, "dataset"):
-            dataset = dataset.dataset  # a Subset
-        names = getattr(dataset, "classes", None)
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.numel() != count:
-            return [""] * count
-        classes = [int(target) for target in targets.reshape(-1)]
-        known = isinstance(names, Sequence) and max(classes) < len(names)
-        return [str(names[c]) if known else str(c) for c in classes]  # type: ignore[index]
+        labels = label_names(dataset, batch, len(clean), self.target_key)
+        contact_sheet(clean, forms, labels, path, self.value_range or (0, 1), titles)
 
     # ---- the end
 
@@ -377,19 +345,3 @@ class BatchAugmentationCallback(TipCallback):
         if self._step is not None:
             self._step.remove()
             self._step = None
-
-
-def _belong(targets: Tensor, classes: list[int]) -> Tensor:
-    """Whether each sample is of one of the classes (B,); with several labels a sample, whether it has one of them."""
-    if targets.ndim == 2 and targets.shape[1] > 1:
-        return targets[:, classes].bool().any(1)
-    return torch.isin(targets.reshape(-1).long(), torch.tensor(classes, device=targets.device))
-
-
-def _batch_size(loader: Any) -> int:
-    """The size of all batches but the last one, as the loader tells it."""
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
-        size = getattr(owner, "batch_size", None)
-        if isinstance(size, int) and size > 0:
-            return size
-    return UNKNOWN_SIZE
