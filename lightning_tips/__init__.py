@@ -1,5 +1,6 @@
 """Seven practical tips of deep learning as drop-in callbacks and mixins for PyTorch Lightning."""
 
+from lightning_tips.augmentation import BatchAugmentationCallback
 from lightning_tips.core import RunReportCallback
 from lightning_tips.imbalance import (
     ClassAugmentationCallback,
@@ -14,6 +15,7 @@ from lightning_tips.optimizer import OptimizerSwitchCallback
 from lightning_tips.transfer import TransferLearningCallback
 
 __all__ = [
+    "BatchAugmentationCallback",
     "ClassAugmentationCallback",
     "ClassReportCallback",
     "ClassWeightCallback",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -17,17 +18,19 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_tips
 import lightning_tips.vision  # gives the reference classes short names
-from lightning_tips import RunReportCallback
+from lightning_tips import BatchAugmentationCallback, RunReportCallback
 from lightning_tips.core import TipCallback, TipMixin
 
 # Our own subcommands: name to (function, help). The function takes the arguments behind the name and returns an exit
 # code; "module:function" is imported when it is called. A tip that brings a subcommand adds a line.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "preview": ("lightning_tips.cli:show_preview", "Draw what the augmentation of a yaml shows, without training."),
     "tips": ("lightning_tips.cli:show_tips", "List the tips, by the short names that a yaml can use."),
 }
 
@@ -160,6 +163,40 @@ def check_checkpoint(path: str, weights_only: bool | None = None) -> None:
         )
     if "state_dict" not in keys:
         sys.exit(f"error: {file} is no Lightning checkpoint: it holds {sorted(map(str, keys))[:8]}, no state_dict.")
+
+
+class _PreviewCLI(TipsCLI):
+    """Builds everything that a yaml for ``fit`` names; without its loggers, which would begin a run."""
+
+    def before_instantiate_classes(self) -> None:
+        self.config.trainer.logger = False
+
+
+def show_preview(arguments: list[str]) -> int:
+    """Writes the contact sheet of a BatchAugmentationCallback: ``lightning-tips preview --config run.yaml``.
+
+    Takes what ``fit`` takes, and ``--out`` for the PNG, by default ``augmentation.png``.
+    """
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--out", type=Path, default=Path("augmentation.png"))
+    chosen, rest = own.parse_known_args(arguments)
+    sys.argv = [sys.argv[0], *rest]  # LightningCLI warns of arguments that are given beside those
+    cli = _PreviewCLI(run=False, save_config_callback=None)
+    tips = [c for c in cli.trainer.callbacks if isinstance(c, BatchAugmentationCallback)]  # type: ignore[attr-defined]
+    if not tips:
+        sys.exit("error: there is no BatchAugmentationCallback among trainer.callbacks, so there is nothing to show.")
+    source = cli.model if cli.datamodule is None else cli.datamodule
+    source.prepare_data()
+    source.setup("fit")
+    loader = source.train_dataloader()
+    batch = next(iter(loader))
+    try:
+        tips[0].look_at(loader, cli.model)
+        tips[0].draw(cli.trainer, batch, getattr(loader, "dataset", None), chosen.out)
+    except (KeyError, TypeError, ValueError, MisconfigurationException) as error:
+        sys.exit(f"error: {error.args[0]}")
+    print(f"{chosen.out}: {tips[0].describe()}")
+    return 0
 
 
 def show_tips(arguments: list[str]) -> int:

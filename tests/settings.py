@@ -171,7 +171,20 @@ def thawed_step_by_step(trainer: Trainer, tip: Any) -> None:
     assert len(held) == len({id(p) for p in held}) == len(list(trainer.lightning_module.parameters()))
 
 
+def augmented_each_sample(trainer: Trainer, tip: Any) -> None:
+    assert [(event.what, event.step) for event in tip.events] == [
+        ("standard; off for the last 1 epochs", 0),
+        ("off", 20),
+    ]
+    assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
+
+
 SETTINGS = [
+    Setting(
+        lightning_tips.BatchAugmentationCallback,
+        augmented_each_sample,
+        {"policy": "standard", "last_epochs_off": 1},
+    ),
     Setting(
         lightning_tips.ClassAugmentationCallback,
         augmented_all,

@@ -120,3 +120,15 @@ def test_resume_study_in_its_smallest_form(tmp_path: Path) -> None:
     result = resume.main(["--digits", "--seeds", "0", f"--out={tmp_path / 'resume.json'}"])
     assert len(result["max_abs_dw"]) == 5
     assert set(result["max_abs_dw"].values()) == {0.0}
+
+
+def test_throughput_and_accuracy_of_augmentation_in_their_smallest_form(tmp_path: Path) -> None:
+    throughput = load(ROOT / "benchmarks/augmentation/throughput.py")
+    result = throughput.main(["--smoke", f"--out={tmp_path / 'throughput.json'}"])
+    assert json.loads((tmp_path / "throughput.json").read_text()) == result
+    assert result["distinct_of_256_equal"]["augment_batch"] == 256
+    # Of the committed numbers; two rounds on a busy machine tell little more than the direction.
+    assert result["chain"]["torchvision v2, per sample"]["ours_times_faster"] > 3
+    accuracy = load(ROOT / "benchmarks/augmentation/accuracy.py")
+    result = accuracy.main(["--smoke", f"--out={tmp_path / 'accuracy.json'}"])
+    assert set(result["1 epochs"]) == {"none", "standard"}

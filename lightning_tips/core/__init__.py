@@ -1,6 +1,6 @@
 """What several tips need. Imports no tip."""
 
-from lightning_tips.core.batch import inputs_of, replace_inputs, split_batch, targets_of
+from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.distributed import agree, check_ranks_agree, parameter_hash
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
@@ -54,6 +54,7 @@ __all__ = [
     "rebuild_optimizer",
     "render_table",
     "replace_inputs",
+    "replace_targets",
     "replace_train_loaders",
     "report_folder",
     "require_strategy",

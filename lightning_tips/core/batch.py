@@ -65,10 +65,19 @@ def replace_inputs(batch: Any, inputs: Any, key: str | None = None) -> Any:
     if isinstance(batch, Tensor):
         return inputs
     inputs_of(batch, key)  # raises for a batch of another form
+    return _replaced(batch, inputs, key, INPUT_KEYS, 0)
+
+
+def replace_targets(batch: Any, targets: Any, key: str | None = None) -> Any:
+    """A batch of the same form with other targets; the batch itself stays as it is. See :func:`targets_of`."""
+    targets_of(batch, key)
+    return _replaced(batch, targets, key, TARGET_KEYS, 1)
+
+
+def _replaced(batch: Any, value: Any, given: str | None, known: Sequence[str], position: int) -> Any:
     if isinstance(batch, Mapping):
-        found = key if key is not None else next(k for k in INPUT_KEYS if k in batch)
         changed: Any = copy.copy(batch)  # a dict, or what behaves like one
-        changed[found] = inputs
+        changed[given if given is not None else next(key for key in known if key in batch)] = value
         return changed
-    parts = [inputs, *batch[1:]]
+    parts = [*batch[:position], value, *batch[position + 1 :]]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
