@@ -173,7 +173,7 @@ def thawed_step_by_step(trainer: Trainer, tip: Any) -> None:
 
 def augmented_each_sample(trainer: Trainer, tip: Any) -> None:
     assert [(event.what, event.step) for event in tip.events] == [
-        ("standard; off for the last 1 epochs", 0),
+        ("standard, not in the last epoch", 0),
         ("off", 20),
     ]
     assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
