@@ -1,6 +1,6 @@
 """Test accuracy with and without augmentation, short and long, on a small part of Fashion-MNIST.
 
-    python benchmarks/augmentation/accuracy.py            ten minutes on one thread
+    python benchmarks/augmentation/accuracy.py            five minutes on one thread
     python benchmarks/augmentation/accuracy.py --smoke    a moment, on digits
 
 A small convolutional network, SGD with momentum and one cycle; test accuracy of the last epoch, no selection. Seeds are
