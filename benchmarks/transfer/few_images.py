@@ -28,6 +28,7 @@ import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_tips import TransferLearningCallback
 from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier
@@ -64,10 +65,20 @@ def load_lite0(network: nn.Module, file: Path) -> None:
     network.load_state_dict(dict(zip(here, weights.values(), strict=True)), strict=True)
 
 
-def pretrained(file: Path | None, smoke: bool) -> ImageClassifier:
+def falling(epochs: int) -> Any:
+    """The rate falls linearly to 0: without that the end of fine-tuning is a matter of luck."""
+    return lambda optimizer: LambdaLR(optimizer, lambda epoch: max(1 - epoch / epochs, 0.0))
+
+
+def pretrained(file: Path | None, smoke: bool, epochs: int) -> ImageClassifier:
     name = "test_resnet" if smoke else "tf_efficientnet_lite0"
     module = ImageClassifier(
-        f"timm/{name}", in_channels=3, mean=[0.5], std=[0.5], optimizer=partial(torch.optim.AdamW, lr=3e-4)
+        f"timm/{name}",
+        in_channels=3,
+        mean=[0.5],
+        std=[0.5],
+        optimizer=partial(torch.optim.AdamW, lr=3e-4),
+        lr_scheduler=falling(epochs),
     )
     network: Any = timm.create_model(name, num_classes=1000)
     if not smoke:
@@ -79,11 +90,11 @@ def pretrained(file: Path | None, smoke: bool) -> ImageClassifier:
 
 def make(arm: str, options: argparse.Namespace, epochs: int) -> tuple[LightningModule, list[Callback]]:
     if arm == "scratch_resnet8":
-        return ImageClassifier("resnet8", in_channels=1), []
+        return ImageClassifier("resnet8", in_channels=1, lr_scheduler=falling(epochs)), []
     if arm == "scratch_lite0":
         name = "timm/test_resnet" if options.smoke else "timm/tf_efficientnet_lite0"
-        return ImageClassifier(name, in_channels=1), []
-    module = pretrained(options.weights, options.smoke)
+        return ImageClassifier(name, in_channels=1, lr_scheduler=falling(epochs)), []
+    module = pretrained(options.weights, options.smoke, epochs)
     if arm == "fine_tune":
         return module, []
     third = max(1, epochs // 3)
@@ -137,10 +148,10 @@ def accuracy(module: LightningModule, data: LightningDataModule, limit: int, cor
 
 
 def run(arm: str, images: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    # Few images need more epochs; every arm from scratch twice as many.
+    # Few images need more epochs; every arm from scratch five times as many.
     epochs = options.epochs or max(6, min(40, 3000 // images))
     scratch = arm.startswith("scratch")
-    epochs = epochs * 2 if scratch and not options.epochs else epochs
+    epochs = epochs * 5 if scratch and not options.epochs else epochs
     size = None if arm == "scratch_resnet8" else options.size
     seed_everything(seed, verbose=False)
     module, callbacks = make(arm, options, epochs)
