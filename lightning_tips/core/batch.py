@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ def inputs_of(batch: Any, key: str | None = None) -> Any:
 
     Args:
         batch: ``(inputs, ...)``, a mapping, or the inputs themselves as a tensor.
-        key: Key of the inputs in a mapping; by default one of :data:`INPUT_KEYS`.
+        key: Key of the inputs in a mapping; by default one of :data:`INPUT_KEYS`. In nested batches the way to them,
+            such as ``"views.image"``, or ``"0.1"`` for the second part of the first one.
 
     Raises:
         KeyError: If a mapping holds none under a known key; the message says what to pass.
@@ -41,6 +42,15 @@ def split_batch(batch: Any, input_key: str | None = None, target_key: str | None
 
 
 def _part(batch: Any, given: str | None, known: Sequence[str], position: int, role: str) -> Any:
+    if _leads_inside(given, batch):
+        for step in (steps := given.split(".")):
+            try:
+                batch = batch[step if isinstance(batch, Mapping) else int(step)]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise KeyError(
+                    f"The batch has no {role} under {given!r}: {step!r} of {steps} leads nowhere."
+                ) from error
+        return batch
     if isinstance(batch, Mapping):
         if given is not None:
             if given not in batch:
@@ -74,7 +84,21 @@ def replace_targets(batch: Any, targets: Any, key: str | None = None) -> Any:
     return _replaced(batch, targets, key, TARGET_KEYS, 1)
 
 
+def _leads_inside(given: str | None, batch: Any) -> TypeGuard[str]:
+    """Whether a key is the way to something in a nested batch, such as ``"views.image"``."""
+    return given is not None and "." in given and not (isinstance(batch, Mapping) and given in batch)
+
+
 def _replaced(batch: Any, value: Any, given: str | None, known: Sequence[str], position: int) -> Any:
+    if _leads_inside(given, batch):
+        first, _, rest = given.partition(".")
+        step: Any = first if isinstance(batch, Mapping) else int(first)
+        inside = batch[step]
+        if "." in rest or isinstance(inside, Mapping):
+            value = _replaced(inside, value, rest, known, position)
+        else:
+            value = _replaced(inside, value, None, known, int(rest))
+        return _replaced(batch, value, first if isinstance(batch, Mapping) else None, known, step)
     if isinstance(batch, Mapping):
         changed: Any = copy.copy(batch)  # a dict, or what behaves like one
         changed[given if given is not None else next(key for key in known if key in batch)] = value

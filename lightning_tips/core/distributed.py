@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 T = TypeVar("T")
 
@@ -31,6 +32,21 @@ def agree(trainer: pl.Trainer, value: T) -> T:
         value: Any picklable object.
     """
     return value if trainer.world_size == 1 else trainer.strategy.broadcast(value)
+
+
+def do_ranks_agree(trainer: pl.Trainer, mine: str) -> bool:
+    """Whether all ranks hold the same string; all of them must call, and get the same answer."""
+    if trainer.world_size == 1:
+        return True
+    differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
+    return not float(trainer.strategy.reduce(differs, reduce_op="sum"))
+
+
+def gather_rows(trainer: pl.Trainer, mine: Tensor) -> Tensor:
+    """The rows of all ranks, one after the other, on the CPU; ranks may have different numbers of them."""
+    if trainer.world_size == 1:
+        return mine
+    return torch.cat([part.cpu() for part in gather_all_tensors(mine.to(trainer.strategy.root_device))])
 
 
 def parameter_hash(module: nn.Module) -> str:

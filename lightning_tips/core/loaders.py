@@ -34,7 +34,9 @@ class SeekableSampler(Protocol):
 Loaders = list[DataLoader[Any]]
 
 
-def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loaders]) -> Callable[[], None]:
+def replace_train_loaders(
+    trainer: pl.Trainer, change: Callable[[Loaders], Loaders], first: bool = False
+) -> Callable[[], None]:
     """Changes the training loaders of a run, wherever they come from: DataModule, module, or the arguments of ``fit``.
 
     Validation and test data are left alone.
@@ -43,6 +45,8 @@ def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loade
         trainer: The trainer, from ``setup`` on.
         change: Takes the loaders, also those in lists, dicts and ``CombinedLoader``, and returns what to use in their
             places. Called each time that the Trainer asks for them.
+        first: Whether it comes before the changes of others, whatever the order of the tips: for what decides which
+            samples there are.
 
     Returns:
         A function that takes it back; to be called in ``teardown`` and ``on_exception``.
@@ -64,7 +68,37 @@ def replace_train_loaders(trainer: pl.Trainer, change: Callable[[Loaders], Loade
                 loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
         return combined
 
-    return change_train_loaders(trainer, change_all)
+    return change_train_loaders(trainer, change_all, first)
+
+
+def split_train_loader(
+    trainer: pl.Trainer, split: Callable[[DataLoader[Any]], dict[str, DataLoader[Any]]]
+) -> Callable[[], None]:
+    """Puts several training loaders in the place of one; a batch is then a dict with a batch of each.
+
+    Args:
+        trainer: The trainer, from ``setup`` on.
+        split: Takes the one loader and returns others by name. Called each time that the Trainer asks for it.
+
+    Returns:
+        A function that takes it back; to be called in ``teardown`` and ``on_exception``.
+    """
+
+    def change(loaders: Any) -> CombinedLoader:
+        found = loaders.flattened if isinstance(loaders, CombinedLoader) else [loaders]
+        if len(found) != 1 or not isinstance(found[0], DataLoader):
+            raise MisconfigurationException(
+                "To give each member data of its own there must be one training loader, a torch.utils.data.DataLoader,"
+                f" not {type(loaders).__name__}. With other loaders all members see the same batches:"
+                " member_data='shared'."
+            )
+        combined = CombinedLoader(split(found[0]), "max_size_cycle")
+        for loader in combined.flattened:
+            if isinstance(loader, _Resumable):
+                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
+        return combined
+
+    return change_train_loaders(trainer, change)
 
 
 def resumable(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -22,22 +22,27 @@ class _ChangedForward:
         self.before = vars(module).get("forward")
         self.forward = module.forward
         self.name = type(module).__name__
-        self.changes: list[tuple[bool, Callable[[Tensor], Tensor]]] = []  # those that come last are marked
+        # Those that come last are marked, and those that put up with an output that is no tensor.
+        self.changes: list[tuple[bool, bool, Callable[[Tensor], Tensor]]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         output = self.forward(*args, **kwargs)
         if not isinstance(output, torch.Tensor):
+            if all(tolerant for _, tolerant, _ in self.changes):
+                return output
             raise TypeError(
                 f"{self.name} returns {type(output).__name__} where logits were expected as a tensor. Let forward"
                 " return the logits, or adjust them where they are used."
             )
-        for _, change in sorted(self.changes, key=lambda one: one[0]):
+        for _, _, change in sorted(self.changes, key=lambda one: one[0]):
             output = change(output)
         return output
 
 
 @contextmanager
-def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor], last: bool = False) -> Iterator[None]:
+def changed_outputs(
+    module: nn.Module, change: Callable[[Tensor], Tensor], last: bool = False, tolerant: bool = False
+) -> Iterator[None]:
     """While it is open, the tensors that ``module(...)`` returns pass through ``change``.
 
     For example ``changed_outputs(model, lambda logits: logits - offsets)``. Several may be open, and close in any
@@ -48,6 +53,7 @@ def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor], last:
         module: Returns logits as a tensor.
         change: From logits to logits.
         last: Whether it comes after all others, whenever they are opened: for what only looks.
+        tolerant: Whether an output that is no tensor is let through, unseen.
 
     Raises:
         TypeError: If the module returns something else than a tensor, as soon as it does.
@@ -55,11 +61,11 @@ def changed_outputs(module: nn.Module, change: Callable[[Tensor], Tensor], last:
     there = vars(module).get("forward")
     changed = there if isinstance(there, _ChangedForward) else _ChangedForward(module)
     module.forward = changed
-    changed.changes.append((last, change))
+    changed.changes.append((last, tolerant, change))
     try:
         yield
     finally:
-        changed.changes.remove((last, change))
+        changed.changes.remove((last, tolerant, change))
         if not changed.changes and vars(module).get("forward") is changed:
             if changed.before is None:
                 del module.forward
@@ -120,10 +126,10 @@ class Outputs:
 
         self._stack.enter_context(changed_outputs(module, counted))
 
-    def watch(self, module: nn.Module) -> None:
-        """From now on the last output can be kept."""
+    def watch(self, module: nn.Module, tolerant: bool = False) -> None:
+        """From now on the last output can be kept; ``tolerant`` of outputs that are no tensors, which it passes by."""
         self.close()
-        self._stack.enter_context(changed_outputs(module, self._note, last=True))
+        self._stack.enter_context(changed_outputs(module, self._note, last=True, tolerant=tolerant))
 
     def _note(self, logits: Tensor) -> Tensor:
         self._logits = logits.detach()

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
+from lightning_tips.core.warmup import carry_shares
+
 WeightDecay = Literal["map", "keep", "optimizer"]
 
 # Options that describe where an optimizer stands, not how it was asked to work, or that its class computes itself.
@@ -168,7 +170,8 @@ def _class_default(optimizer: type[Optimizer], option: str) -> object:
 def install(trainer: pl.Trainer, index: int, optimizer: Optimizer, schedulers: Sequence[LRSchedulerConfig]) -> None:
     """Makes the Trainer step ``optimizer`` in place of its optimizer ``index``, between two optimizer steps.
 
-    Schedulers of the replaced optimizer go; those of other optimizers stay where they are.
+    Schedulers of the replaced optimizer go; those of other optimizers stay where they are. A tip's warm-up that is to
+    follow goes on (:func:`~lightning_tips.core.warmup.carry_shares`).
 
     Args:
         trainer: A trainer in fit, after its strategy is set up.
@@ -187,5 +190,6 @@ def install(trainer: pl.Trainer, index: int, optimizer: Optimizer, schedulers: S
             configs.append(pending.pop(0))
     # Whole lists are assigned: the setter of `optimizers` renews the wrappers that really step, and a scheduler left
     # in `lr_scheduler_configs` would go on decaying an optimizer that nobody steps.
+    carry_shares(old, optimizer)
     strategy.optimizers = [optimizer if i == index else o for i, o in enumerate(strategy.optimizers)]
     strategy.lr_scheduler_configs = configs + pending

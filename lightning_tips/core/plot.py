@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_tips.core.events import Event
+
+_ABOVE = 4  # events whose names have room above the plot
 
 
 def plot_run(rows: list[dict[str, float]], events: list[Event], path: Path, metrics: list[str] | None = None) -> None:
@@ -60,17 +63,45 @@ def plot_run(rows: list[dict[str, float]], events: list[Event], path: Path, metr
         axis.grid(alpha=0.3)
         axis.legend(loc="best", fontsize="small")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for event in events:
+    axes[-1].set_xlabel("epochs trained")
+    _mark_events(figure, list(axes), sorted(events, key=lambda event: event.step), epochs_a_step)
+    figure.savefig(path, dpi=120)
+
+
+def _mark_events(figure: Figure, axes: list[Axes], events: list[Event], epochs_a_step: float) -> None:
+    """A line for each event; what it was stands above it or, where that would be crowded, in a list below."""
+    places: dict[float, list[int]] = {}
+    for number, event in enumerate(events, 1):
+        places.setdefault(event.step * epochs_a_step, []).append(number)
+    crowded = len(events) > _ABOVE or len(places) < len(events)
+    for place, numbers in places.items():
         for axis in axes:
-            axis.axvline(event.step * epochs_a_step, color="black", linewidth=1, linestyle=":")
+            axis.axvline(place, color="black", linewidth=1, linestyle=":")
+        first = events[numbers[0] - 1]
         axes[0].annotate(
-            f"{event.tip}: {event.what}",
-            (event.step * epochs_a_step, 1.0),
+            _span(numbers) if crowded else f"{first.tip}: {first.what}",
+            (place, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(2, 2),
             textcoords="offset points",
             fontsize="small",
-            rotation=20,
+            rotation=0 if crowded else 20,
         )
-    axes[-1].set_xlabel("epochs trained")
-    figure.savefig(path, dpi=120)
+    if crowded:
+        lines = [f"{n}  epoch {e.epoch}, {e.tip}: {e.what}" for n, e in enumerate(events, 1)]
+        half = -(-len(lines) // 2)
+        figure.set_figheight(figure.get_figheight() + 0.2 * half + 0.2)
+        for column, part in enumerate((lines[:half], lines[half:])):
+            axes[-1].annotate(
+                "\n".join(part),
+                (0.5 * column, 0),
+                xycoords="axes fraction",
+                xytext=(0, -38),
+                textcoords="offset points",
+                fontsize="small",
+                verticalalignment="top",
+            )
+
+
+def _span(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"

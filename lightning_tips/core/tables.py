@@ -27,7 +27,7 @@ def plan_table(plans: Sequence[tuple[str, str]], module: nn.Module) -> str:
     table.add_column("plan")
     for number, (name, plan) in enumerate(plans, 1):
         table.add_row(str(number), name, plan)
-    share = f" ({trainable / total:.0%})" if total else ""
+    share = f" ({100 * trainable / total:.3g} %)" if total else ""
     caption = f"{trainable:,} of {total:,} parameters train{share}"
     return f"Tips in the order in which they act\n{_render(table)}\n{caption}"
 
@@ -56,18 +56,19 @@ def event_table(done: Sequence[tuple[str, Sequence[Event], str]]) -> str:
 
 
 def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: the first column to the left, numbers in the others to the right."""
+    """A table for the terminal: the first column to the left, numbers in the others to the right; nothing cut off."""
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    return _render(table)
+    whole = Console(file=io.StringIO(), width=10_000).measure(table).maximum
+    return _render(table, least=whole)  # numbers that are cut off tell nothing; a narrow terminal wraps them
 
 
-def _render(table: Table) -> str:
+def _render(table: Table, least: int = 80) -> str:
     # Rendered to a string, so that one print brings it past any progress bar, on one rank.
-    console = Console(file=io.StringIO(), width=max(80, min(Console().width, 140)))
+    console = Console(file=io.StringIO(), width=max(least, min(Console().width, 140)))
     console.print(table, markup=False)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

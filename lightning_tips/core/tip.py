@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lightning_tips.core.distributed import check_ranks_agree, debugging
 from lightning_tips.core.events import Event, EventValue
-from lightning_tips.core.lightning_private import count_epoch_start
+from lightning_tips.core.lightning_private import count_epoch_start, member_prefix
 from lightning_tips.core.loggers import log_numbers
 from lightning_tips.core.messages import say
 from lightning_tips.core.tables import event_table, plan_table
@@ -21,7 +21,7 @@ class ActsOn(IntEnum):
     """What a tip changes. Where several act at the same moment, they do so in this order.
 
     A network must have its final shape before one decides which of its parameters train, and these must be known
-    before an optimizer is built on them.
+    before an optimizer is built on them. Samples are mixed into the order that is chosen for those that are there.
     """
 
     NETWORK = 10
@@ -29,6 +29,7 @@ class ActsOn(IntEnum):
     OPTIMIZER = 30
     LOSS = 40
     DATA = 50
+    MORE_DATA = 60
 
 
 class TipCallback(pl.Callback):
@@ -77,6 +78,20 @@ class TipCallback(pl.Callback):
         """Says why this tip cannot work beside ``other`` (a callback, DataModule or module), or ``None``."""
         return None
 
+    def keeps_shapes(self) -> str | None:
+        """Says what this tip holds in the shape of the parameters, as they are at the start, or ``None``.
+
+        A tip that changes shapes cannot work beside it.
+        """
+        return None
+
+    def keeps_names(self) -> str | None:
+        """Says what this tip knows by the names of parameters, as they are at the start, or ``None``.
+
+        A tip that takes whole parameters out of the module cannot work beside it.
+        """
+        return None
+
     def reset(self) -> None:
         """Forgets the last run. Called when a run starts at step 0, before a checkpoint is loaded."""
         self.events.clear()
@@ -106,8 +121,10 @@ class TipCallback(pl.Callback):
         """
         event = Event(self.tip, what, trainer.global_step, trainer.current_epoch, details)
         self.events.append(event)
-        say(trainer, str(event))
-        log_numbers(trainer, {f"tips/{self.tip}": 1.0} | {f"tips/{self.tip}/{k}": v for k, v in event.numbers.items()})
+        member = member_prefix(trainer)
+        say(trainer, f"{member.rstrip('/')} {event}".lstrip())
+        name = f"{member}tips/{self.tip}"
+        log_numbers(trainer, {name: 1.0} | {f"{name}/{k}": v for k, v in event.numbers.items()})
         if debugging():
             check_ranks_agree(trainer, trainer.lightning_module, after=str(event))
         return event
@@ -155,15 +172,17 @@ class TipCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all will do."""
-        tips = find_tips(trainer)
-        if tips[0] is self:
-            say(trainer, plan_table([(type(tip).__name__, tip.describe()) for tip in tips], pl_module))
+        if find_tips(trainer)[0] is self and not member_prefix(trainer):
+            say(trainer, plan_table([(name, tip.describe()) for name, tip in _shown(trainer)], pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first tip shows the table of what all did."""
-        tips = find_tips(trainer)
-        if tips[0] is self:
-            say(trainer, event_table([(type(tip).__name__, tip.events, tip.outlook()) for tip in tips]))
+        if find_tips(trainer)[0] is self and not member_prefix(trainer):
+            say(trainer, event_table([(name, tip.events, tip.outlook()) for name, tip in _shown(trainer)]))
+
+    def parts(self) -> list[tuple[str, TipCallback]]:
+        """Tips that act within this one, by name. The tables show them below it."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint. Subclasses add their own keys to it."""
@@ -202,6 +221,11 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def find_tips(trainer: pl.Trainer) -> list[TipCallback]:
     """The trainer's tips; from the start of a fit on, in the order in which they act."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, TipCallback)]
+
+
+def _shown(trainer: pl.Trainer) -> list[tuple[str, TipCallback]]:
+    """The rows of the tables."""
+    return [row for tip in find_tips(trainer) for row in [(type(tip).__name__, tip), *tip.parts()]]
 
 
 def belongs_to(trainer: pl.Trainer, callback: pl.Callback) -> bool:
