@@ -13,9 +13,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from torchvision.transforms import v2
 
-from lightning_tips import ClassAugmentationCallback, ClassReportCallback, ImbalancedSamplerCallback, RunReportCallback
+from lightning_tips import BatchAugmentationCallback, ClassReportCallback, ImbalancedSamplerCallback, RunReportCallback
+from lightning_tips.augmentation import HorizontalFlip, Rotate, Shift
 from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier, ImageDataModule
 
 
@@ -51,13 +51,12 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.epochs:
         chosen.steps, chosen.digits = 3 * chosen.epochs, True
-    side, padding = (8, 1) if chosen.digits else (28, 2)
-    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomRotation(10), v2.RandomCrop(side, padding)])
+    policy = [HorizontalFlip(), Rotate(10), Shift(1 if chosen.digits else 2)]
     results = {
         "plain": train("plain", [], chosen),
         "over-sampled": train("oversample", [ImbalancedSamplerCallback()], chosen),
         "over-sampled, all classes augmented": train(
-            "augment", [ImbalancedSamplerCallback(), ClassAugmentationCallback(augment)], chosen
+            "augment", [ImbalancedSamplerCallback(), BatchAugmentationCallback(policy)], chosen
         ),
     }
     for arm, accuracy in results.items():

@@ -1,7 +1,6 @@
 """Tip 3: imbalanced classes. Sampled as often as they deserve, weighted in the loss, corrected in what comes out."""
 
 from lightning_tips.core import bin_targets, class_counts, find_labels
-from lightning_tips.imbalance.augmentation_callback import ClassAugmentationCallback
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
 from lightning_tips.imbalance.class_report import ClassReportCallback
 from lightning_tips.imbalance.find_losses import corrected_losses, find_losses
@@ -22,13 +21,11 @@ from lightning_tips.imbalance.prior import (
 )
 from lightning_tips.imbalance.sampler import ImbalancedSampler
 from lightning_tips.imbalance.sampler_callback import ImbalancedSamplerCallback, ImbalancedSamplerMixin
-from lightning_tips.imbalance.shortcut import Shortcut, augment_samples, minority_classes, shortcut_probe
 from lightning_tips.imbalance.strategies import default_num_samples, target_mix
 from lightning_tips.imbalance.weight_callback import ClassWeightCallback
 from lightning_tips.imbalance.weights import class_weights
 
 __all__ = [
-    "ClassAugmentationCallback",
     "ClassReportCallback",
     "ClassWeightCallback",
     "ImbalancedBatchSampler",
@@ -37,10 +34,8 @@ __all__ = [
     "ImbalancedSamplerMixin",
     "LossCorrection",
     "PriorCorrection",
-    "Shortcut",
     "Threshold",
     "adjust_logits",
-    "augment_samples",
     "best_threshold",
     "bin_targets",
     "class_counts",
@@ -52,8 +47,6 @@ __all__ = [
     "find_losses",
     "fit_prior_correction",
     "logit_adjustment",
-    "minority_classes",
-    "shortcut_probe",
     "target_mix",
     "weighted_binary_cross_entropy_with_logits",
     "weighted_cross_entropy",

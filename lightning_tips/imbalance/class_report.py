@@ -6,14 +6,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_tips.core import Outputs, find_tips, log_picture, render_table, report_folder, say
+from lightning_tips.core import (
+    Outputs,
+    as_classes,
+    confusion_matrix,
+    find_tips,
+    gather_rows,
+    log_picture,
+    recalls,
+    render_table,
+    report_folder,
+    say,
+)
 from lightning_tips.imbalance.counting import class_names, count_classes
 from lightning_tips.imbalance.plots import plot_confusion
 from lightning_tips.imbalance.prior import best_threshold, correct_prior, fit_prior_correction
@@ -130,9 +139,11 @@ class ClassReportCallback(pl.Callback):
                 " not call self(...). Let it, or leave the callback out."
             )
         if trainer.sanity_checking:
-            _as_classes(*seen)
+            as_classes(seen[0], seen[1], asker=type(self).__name__)
             return
-        logits, targets = _as_classes(*(_gathered(trainer, part) for part in seen))
+        logits, targets = as_classes(
+            gather_rows(trainer, seen[0]), gather_rows(trainer, seen[1]), asker=type(self).__name__
+        )
         confusion = confusion_matrix(logits, targets)
         self.confusion = confusion
         names = class_names(trainer)
@@ -249,56 +260,3 @@ class ClassReportCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the outputs alone again."""
         self._outputs.close()
-
-
-def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
-    """Counts (C, C): true classes in rows, the ones with the largest logit in columns.
-
-    Args:
-        logits: (N, C).
-        targets: Class indices (N,); negative ones are left out.
-    """
-    classes = logits.shape[1]
-    known = targets >= 0
-    pairs = targets[known].long() * classes + logits[known].argmax(1)
-    return pairs.bincount(minlength=classes * classes).reshape(classes, classes)
-
-
-def recalls(confusion: Tensor) -> Tensor:
-    """Share of each class that was found (C,); NaN for a class without samples."""
-    return confusion.diag() / confusion.sum(1)
-
-
-def _gathered(trainer: pl.Trainer, mine: Tensor) -> Tensor:
-    """All ranks' parts, one after the other; they may differ in length."""
-    if trainer.world_size == 1:
-        return mine
-    parts = gather_all_tensors(mine.to(trainer.strategy.root_device))
-    return torch.cat([part.cpu() for part in parts])
-
-
-def _as_classes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (N, C), also where a binary network gives one for the second class, and class indices (N,).
-
-    Samples with a negative target, which losses ignore, are left out.
-    """
-    if logits.ndim == 2 and logits.shape[1] == 1:
-        logits = logits[:, 0]
-    if logits.ndim == 1:
-        logits = torch.stack([torch.zeros_like(logits), logits], 1)
-    if targets.ndim == 2 and targets.shape[1] == 1:
-        targets = targets[:, 0]
-    if targets.is_floating_point() and bool(((targets == 0) | (targets == 1)).all()):
-        targets = targets.long()  # as a binary loss wants them
-    if logits.ndim != 2 or targets.ndim != 1 or len(logits) != len(targets) or targets.is_floating_point():
-        raise MisconfigurationException(
-            f"ClassReportCallback needs logits (N, C) and class indices (N,), not {tuple(logits.shape)} and"
-            f" {tuple(targets.shape)} of {targets.dtype}."
-        )
-    if len(targets) and int(targets.max()) >= logits.shape[1]:
-        raise MisconfigurationException(
-            f"ClassReportCallback meets the class {int(targets.max())}, but the network has {logits.shape[1]} outputs."
-            " Mark samples to ignore with a negative number."
-        )
-    known = targets >= 0
-    return logits[known].float(), targets[known].long()

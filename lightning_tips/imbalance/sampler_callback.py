@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 
 from lightning_tips.core import (
     ActsOn,
+    EpochSampler,
     TipCallback,
     TipMixin,
-    agree,
     bin_targets,
+    do_ranks_agree,
     find_labels,
     replace_train_loaders,
     resumable,
@@ -169,7 +170,7 @@ class ImbalancedSamplerCallback(TipCallback):
                 f" {type(self).__name__} cannot replace the sampler. Give the DataLoader batch_size=...; for a minimum"
                 " of each class in a batch there is per_class_minimum."
             )
-        if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
+        if type(loader.sampler) not in (RandomSampler, SequentialSampler, DistributedSampler, EpochSampler):
             rank_zero_info(f"{type(self).__name__} replaces the {type(loader.sampler).__name__} of a training loader.")
         sampler, problem = None, None
         try:
@@ -177,7 +178,7 @@ class ImbalancedSamplerCallback(TipCallback):
         except (ValueError, TypeError) as error:
             problem = error
         # First all ranks meet, then they raise: one that raised alone would leave the others waiting.
-        same = self._do_ranks_agree(trainer, f"{problem}" if sampler is None else sampler.fingerprint)
+        same = do_ranks_agree(trainer, f"{problem}" if sampler is None else sampler.fingerprint)
         if sampler is None:
             raise MisconfigurationException(f"{type(self).__name__}: {problem}") from problem
         if not same:
@@ -205,12 +206,6 @@ class ImbalancedSamplerCallback(TipCallback):
         if loader.batch_size is None:
             raise ValueError("per_class_minimum needs a DataLoader with a batch_size.")
         return ImbalancedBatchSampler(labels, loader.batch_size, self.per_class_minimum, **given)
-
-    def _do_ranks_agree(self, trainer: pl.Trainer, mine: str) -> bool:
-        if trainer.world_size == 1:
-            return True
-        differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
-        return not float(trainer.strategy.reduce(differs, reduce_op="sum"))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets loaders be made when it is known where to go on."""
