@@ -1,13 +1,16 @@
 """Tip 4: transfer learning. A pretrained network, its early layers frozen, its last ones retrained."""
 
+from lightning_tips.transfer.cache import FeatureCache
 from lightning_tips.transfer.callback import TransferLearningCallback
 from lightning_tips.transfer.freeze import changed_since, frozen_state, set_trainable
+from lightning_tips.transfer.heads import find_head, find_network, where_to_cache
 from lightning_tips.transfer.inputs import InputExpectation, check_images, expected_inputs
-from lightning_tips.transfer.layers import LayerGroup, find_head, find_network, layer_groups, match_parameters
+from lightning_tips.transfer.layers import LayerGroup, layer_groups, match_parameters
 from lightning_tips.transfer.new_classes import load_with_new_classes
 from lightning_tips.transfer.schedule import Phase, preset_phases, read_plan, write_plan
 
 __all__ = [
+    "FeatureCache",
     "InputExpectation",
     "LayerGroup",
     "Phase",
@@ -24,5 +27,6 @@ __all__ = [
     "preset_phases",
     "read_plan",
     "set_trainable",
+    "where_to_cache",
     "write_plan",
 ]

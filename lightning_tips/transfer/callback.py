@@ -9,34 +9,20 @@ from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveragin
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core import (
-    ActsOn,
-    Monitor,
-    ScaledSteps,
-    TipCallback,
-    require_strategy,
-    scale_steps,
-    warm_up,
-    wrap_again,
-)
+from lightning_tips.core import ActsOn, Monitor, TipCallback, require_strategy, wrap_again
 from lightning_tips.transfer import checks
-from lightning_tips.transfer.freeze import BatchNormPolicy, hold, modules_to_hold, release, set_trainable
-from lightning_tips.transfer.inputs import check_images, expected_inputs
-from lightning_tips.transfer.layers import HEAD, LayerGroup, find_network, layer_groups, match_parameters
-from lightning_tips.transfer.rates import (
-    add_parameters,
-    add_pull,
-    gradient_shares,
-    layer_scales,
-    set_rates,
-    split_groups,
-)
-from lightning_tips.transfer.schedule import PRESETS, Gate, Phase, preset_phases, write_plan
+from lightning_tips.transfer.features import PhaseFeatures
+from lightning_tips.transfer.freeze import BatchNormPolicy, Frozen, Held, modules_to_hold, set_trainable
+from lightning_tips.transfer.heads import find_network
+from lightning_tips.transfer.inputs import watch_images
+from lightning_tips.transfer.layers import LayerGroup, layer_groups, match_parameters
+from lightning_tips.transfer.progress import Progress
+from lightning_tips.transfer.schedule import PRESETS, Phase, preset_phases, write_plan
+from lightning_tips.transfer.steps import PhaseSteps
 
 
 class TransferLearningCallback(TipCallback):
@@ -68,6 +54,10 @@ class TransferLearningCallback(TipCallback):
         l2_sp: Penalty on the distance of all other layers from where they started (Li et al. 2018, arXiv 1802.01483),
             likewise.
         check_inputs: Whether to look at the first batch for the normalisation and size that the weights expect.
+        cache_features: Whether to run frozen layers once for each image, in phases in which only the head trains, and
+            to keep what they make of it. For data without augmentation; where images differ in each epoch, or frozen
+            layers drop out, it gives up with a warning. A resumed run computes them anew.
+        cache_gigabytes: Memory for that in each process, where the features are computed.
 
     Raises:
         ValueError: For arguments and phases that make no sense.
@@ -99,6 +89,8 @@ class TransferLearningCallback(TipCallback):
         probe_l2: float = 1e-3,
         l2_sp: float = 0.0,
         check_inputs: bool = True,
+        cache_features: bool = False,
+        cache_gigabytes: float = 2.0,
     ) -> None:
         self.schedule = schedule
         self.backbone = backbone
@@ -106,6 +98,8 @@ class TransferLearningCallback(TipCallback):
         self.layer_decay = layer_decay
         self.batch_norm: BatchNormPolicy = batch_norm
         self.check_inputs = check_inputs
+        self.cache_features = cache_features
+        self.cache_gigabytes = cache_gigabytes
         self._preset: dict[str, Any] = {
             "phase_epochs": phase_epochs,
             "monitor": monitor,
@@ -116,28 +110,33 @@ class TransferLearningCallback(TipCallback):
             "probe_l2": probe_l2,
             "l2_sp": l2_sp,
         }
-        checks.check_arguments(layer_decay, batch_norm, self._preset)
+        checks.check_arguments(layer_decay, batch_norm, cache_gigabytes, self._preset)
         self._given: list[Phase] | None = None
         if not (isinstance(schedule, str) and schedule in PRESETS):
             self._given = checks.read_schedule(schedule)
-            checks.warn_of_unread(type(self), self._preset)
-        metrics = [phase.monitor for phase in self._given or []] + ([] if self._given else [monitor])
+            checks.warn_of_unread(type(self), self._preset, "phases of its own", "say it in the phases")
+        elif schedule == "head_only":  # one phase, of one layer group
+            later = {name: value for name, value in self._preset.items() if name != "probe_l2"}
+            later["layer_decay"] = layer_decay
+            checks.warn_of_unread(type(self), later, "schedule='head_only'", "take it away, or take another schedule")
+        several = self._given is None and schedule != "head_only"
+        metrics = [phase.monitor for phase in self._given or []] + ([monitor] if several else [])
         self._monitors = {m: Monitor(m, type(self).__name__) for m in dict.fromkeys(metrics) if m is not None}
-        self._left: list[RemovableHandle] = []  # hooks to take off at the end
-        self._scaled: list[ScaledSteps] = []  # the steps of this phase
-        self._held: list[nn.Module] = []  # in eval mode because of this tip
-        self._to_hold: list[nn.Module] = []
+        self._steps = PhaseSteps(layer_decay)
+        self._held = Held()
+        self._frozen = Frozen(type(self).__name__)
+        self._features = PhaseFeatures((type(self).__name__, self.tip), cache_gigabytes)
+        self._watch: list[RemovableHandle] = []  # on the networks' first input
         self._were_trainable: list[nn.Parameter] = []
         self._groups: list[LayerGroup] = []
         self._phases: list[Phase] = list(self._given or [])
         self._names: list[list[str]] = []  # the parameters that train, by phase
-        self._pulled: dict[int, tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]] = {}
         self.reset()
 
     @property
     def phase(self) -> Phase | None:
         """The phase that is on; known from the start of the fit."""
-        return self._phases[self._number] if self._phases else None
+        return self._phases[self._progress.number] if self._phases else None
 
     def describe(self) -> str:
         """For the table at fit start."""
@@ -158,13 +157,9 @@ class TransferLearningCallback(TipCallback):
     def reset(self) -> None:
         """Forgets the last run."""
         super().reset()
-        self._number = 0
-        self._began = [0, 0]  # epoch and step
-        self._pending = False
-        self._gate: Gate | None = None
-        self._gate_state: dict[str, Any] | None = None
+        self._progress = Progress()
         self._saved_plan: list[dict[str, Any]] | None = None
-        self._starts: dict[str, Tensor] = {}
+        self._steps.starts = {}
         for monitor in self._monitors.values():
             monitor.reset()
 
@@ -172,24 +167,16 @@ class TransferLearningCallback(TipCallback):
         """Plain data for the checkpoint."""
         return super().state_dict() | {
             "plan": [phase.to_dict() for phase in self._phases],
-            "phase": self._number,
-            "began": list(self._began),
-            "pending": self._pending,
-            "gate": self._gate.state_dict() if self._gate is not None else None,
+            **self._progress.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._monitors.items()},
-            "starts": dict(self._starts),
+            "starts": dict(self._steps.starts),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up :meth:`state_dict`; layers and optimizer follow in ``on_fit_start``."""
-        self._number = int(state["phase"])
-        self._began = [int(n) for n in state["began"]]
-        self._pending = bool(state["pending"])
+        self._progress.load_state_dict(state, self._phases)
         self._saved_plan = list(state["plan"])
-        self._gate, self._gate_state = None, state["gate"]
-        if self._phases and self._number < len(self._phases):
-            self._make_gate()
-        self._starts = dict(state["starts"])
+        self._steps.starts = dict(state["starts"])
         for name, monitor in self._monitors.items():
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])
@@ -207,6 +194,15 @@ class TransferLearningCallback(TipCallback):
             )
         return None
 
+    def keeps_shapes(self) -> str | None:
+        """The starting point that ``l2_sp`` pulls towards."""
+        pulls = any(phase.l2_sp for phase in self._given) if self._given else self._preset["l2_sp"]
+        return "l2_sp keeps the weights in the shapes that they started with" if pulls else None
+
+    def keeps_names(self) -> str | None:
+        """The layers that each phase trains, and the optimizer's groups by layer."""
+        return "phases and learning rates belong to the layers that are there at the start"
+
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what can be known before anything is built. All layers still train, so any optimizer gets them."""
         require_strategy(trainer, self, SingleDeviceStrategy, DDPStrategy)
@@ -219,65 +215,39 @@ class TransferLearningCallback(TipCallback):
             self._phases = self.plan(pl_module)
             network = find_network(pl_module, self.backbone)
             trains = {name for name, p in pl_module.named_parameters() if p.requires_grad}
-            self._names = [
-                checks.require_some(match_parameters(self._groups, phase.train, network), trains, phase)
-                for phase in self._phases
-            ]
+            named = [match_parameters(self._groups, phase.train, network) for phase in self._phases]
+            pairs = zip(named, self._phases, strict=True)
+            self._names = [checks.require_some(names, trains, phase) for names, phase in pairs]
+            if self.cache_features:
+                given = self.batch_norm, self.backbone, self.head
+                self._features.prepare(pl_module, self._groups, self._phases, self._names, *given)
         except ValueError as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        checks.check_saved_plan(self._saved_plan, self._phases, self._number)
+        checks.check_saved_plan(self._saved_plan, self._phases, self._progress.number)
         checks.warn_if_never(trainer, self._phases)
+        checks.warn_if_nothing_new(self._phases, named, self._names)
+        checks.warn_if_last_ends(trainer, self._phases)
         self._were_trainable = [p for p in pl_module.parameters() if p.requires_grad]
-        if self._gate is None:
-            self._make_gate()
-        self._prepare_optimizers(trainer, pl_module)
-        if any(phase.l2_sp for phase in self._phases) and not self._starts:
-            outside = [name for group in self._groups if group.name != HEAD for name in group.parameters]
-            parameters = dict(pl_module.named_parameters())
-            self._starts = {name: parameters[name].detach().cpu().clone() for name in outside}
+        now = self._phases[self._progress.number]
+        self._progress.gate(now)
+        self._steps.prepare(trainer, pl_module, self._groups, self._phases, self._names, now)
         self._apply(trainer, pl_module)
-
-    def _prepare_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All that will ever train, exactly once and in groups that can have rates of their own."""
-        parameters = dict(pl_module.named_parameters())
-        wanted = {name: parameters[name] for names in self._names for name in names}
-        configs = trainer.lr_scheduler_configs
-        missing = checks.find_missing(trainer, pl_module, wanted)
-        if missing:
-            add_parameters(trainer.optimizers[0], missing, configs)
-        if any(self._decay(phase) != 1.0 or phase.auto_rates for phase in self._phases):
-            checks.check_divisible(trainer.optimizers)
-            layers = {id(parameters[n]): i for i, group in enumerate(self._groups) for n in group.parameters}
-            for optimizer in trainer.optimizers:
-                split_groups(optimizer, layers, configs)
-        self._set_rates(trainer, pl_module, None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the first phase, or goes on in the one that a checkpoint was written in."""
-        self._hold()  # not before: Lightning warns of modules that it finds in eval mode
+        self._held.hold()  # not before: Lightning warns of modules that it finds in eval mode
         super().on_train_start(trainer, pl_module)
         for monitor in self._monitors.values():
             monitor.on_train_start(trainer)
-        self._scale_steps(trainer)
         if trainer.global_step == 0:
-            self._watch_inputs(pl_module)
+            self._steps.keep_found_rates(trainer, self._phases[0])
+            if self.check_inputs:
+                network = pl_module.get_submodule(find_network(pl_module, self.backbone))
+                self._watch = watch_images(network, type(self).__name__)
+        self._scale_steps(trainer)
+        self._features.begin(trainer, pl_module, self._progress.number)
         if not self.events:
             self._record(trainer)
-
-    def _watch_inputs(self, pl_module: pl.LightningModule) -> None:
-        network = pl_module.get_submodule(find_network(pl_module, self.backbone))
-        expected = expected_inputs(network) if self.check_inputs else None
-        if expected is None:
-            return
-
-        def look(network: nn.Module, args: tuple[Any, ...]) -> None:
-            if network.training and args and isinstance(args[0], Tensor):
-                handle.remove()
-                for finding in check_images(args[0], expected):
-                    rank_zero_warn(f"{type(self).__name__}: {finding} (check_inputs=False for silence)")
-
-        handle = network.register_forward_pre_hook(look)
-        self._left.append(handle)
 
     # ---- when
 
@@ -291,68 +261,46 @@ class TransferLearningCallback(TipCallback):
         """Decides, if validation logs the metric."""
         if trainer.state.fn == TrainerFn.FITTING:
             for name, monitor in self._monitors.items():
-                self._decide(name, monitor.on_validation_end(trainer))
+                self._progress.decide(self._phases, name, monitor.on_validation_end(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides, if the metric is one of training."""
         for name, monitor in self._monitors.items():
-            self._decide(name, monitor.on_train_epoch_end(trainer))
-
-    def _decide(self, metric: str, value: float | None) -> None:
-        phase = self._phases[self._number]
-        if value is None or self._gate is None or phase.monitor != metric or self._number == len(self._phases) - 1:
-            return
-        if self._gate.update(value):
-            self._pending = True
-
-    def _make_gate(self) -> None:
-        phase = self._phases[self._number]
-        self._gate = Gate(phase.mode, phase.patience, phase.min_delta) if phase.monitor else None
-        if self._gate is not None and self._gate_state is not None:
-            self._gate.load_state_dict(self._gate_state)
-        self._gate_state = None
+            self._progress.decide(self._phases, name, monitor.on_train_epoch_end(trainer))
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins the next phase, if its time has come."""
         for monitor in self._monitors.values():
             monitor.on_train_epoch_start(trainer)
-        if self._due(trainer.current_epoch):
+        if self._progress.due(self._phases, trainer.current_epoch):
             self._begin(trainer, pl_module)
-        self._hold()
-
-    def _due(self, epoch: int) -> bool:
-        if self._number == len(self._phases) - 1:
-            return False
-        phase, following = self._phases[self._number : self._number + 2]
-        over = phase.epochs is not None and epoch >= self._began[0] + phase.epochs
-        return self._pending or over or (following.start is not None and epoch >= following.start)
+        self._held.hold()
+        self._features.start_epoch()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the buffers of frozen layers as they are, whoever called ``train()``."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        for module in self._to_hold:
-            if module.training:
-                self._hold()
-                break
+        self._held.hold_if_moved()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """After the first batch there is nothing to look at any more."""
+        self._stop_watching()
 
     # ---- the thaw
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        before = self._phases[self._number]
-        self._number += 1
-        self._began = [trainer.current_epoch, trainer.global_step]
-        self._pending = False
-        self._gate_state = None
-        self._make_gate()
-        self._set_rates(trainer, pl_module, before)
+        before = self._phases[self._progress.number]
+        self._progress.advance(self._phases, trainer.current_epoch, trainer.global_step)
+        self._steps.set_rates(trainer, pl_module, self._phases[self._progress.number], before)
         self._apply(trainer, pl_module)
         self._scale_steps(trainer)
+        self._features.begin(trainer, pl_module, self._progress.number)
         self._record(trainer)
 
     def _record(self, trainer: pl.Trainer) -> None:
-        phase = self._phases[self._number]
+        phase = self._phases[self._progress.number]
         parameters = list(trainer.lightning_module.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
         details = {"trainable": trainable, "share": trainable / max(1, sum(p.numel() for p in parameters))}
@@ -361,73 +309,41 @@ class TransferLearningCallback(TipCallback):
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the module what the phase says."""
-        phase = self._phases[self._number]
-        names = self._names[self._number]
+        phase = self._phases[self._progress.number]
+        names = self._names[self._progress.number]
         before = {name for name, p in pl_module.named_parameters() if p.requires_grad}
         set_trainable(pl_module, names)
         if before != {name for name, p in pl_module.named_parameters() if p.requires_grad}:
             wrap_again(trainer.strategy, pl_module)
-        self._to_hold = modules_to_hold(pl_module, self._groups, names, phase.batch_norm or self.batch_norm)
-        kept = {id(module) for module in self._to_hold}
-        release(module for module in self._held if id(module) not in kept)
-        self._held = [module for module in self._held if id(module) in kept]
-        self._pulled = {}
-
-    def _hold(self) -> None:
-        known = {id(module) for module in self._held}
-        self._held += [module for module in hold(self._to_hold) if id(module) not in known]
-
-    def _decay(self, phase: Phase) -> float:
-        return self.layer_decay if phase.layer_decay is None else phase.layer_decay
-
-    def _set_rates(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: Phase | None) -> None:
-        phase = self._phases[self._number]
-        now = self._scales(pl_module, phase)
-        then = self._scales(pl_module, before) if before is not None else None
-        for optimizer in trainer.optimizers:
-            set_rates(optimizer, now, phase.lr, trainer.lr_scheduler_configs, then)
-
-    def _scales(self, pl_module: nn.Module, phase: Phase) -> dict[int, float]:
-        parameters = dict(pl_module.named_parameters())
-        shares = layer_scales(len(self._groups), self._decay(phase))
-        pairs = zip(self._groups, shares, strict=True)
-        return {id(parameters[name]): share for group, share in pairs for name in group.parameters}
+        self._frozen.keep(pl_module)
+        self._held.want(modules_to_hold(pl_module, self._groups, names, phase.batch_norm or self.batch_norm))
+        self._steps.forget_parameters()
 
     def _scale_steps(self, trainer: pl.Trainer) -> None:
-        _remove(self._scaled)
-        if self._phases[self._number].auto_rates:
-            self._scaled += [scale_steps(optimizer, gradient_shares) for optimizer in trainer.optimizers]
-        steps, began = self._phases[self._number].warmup_steps, self._began[1]
-        if steps and trainer.global_step - began < steps:
-            for optimizer in trainer.optimizers:
-                self._scaled.append(warm_up(optimizer, steps, lambda: trainer.global_step - began))
+        self._steps.scale(trainer, self._phases[self._progress.number], self._progress.step)
+
+    # ---- steps
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """What trains must have a part in the loss."""
+        checks.check_loss(loss, self._phases[self._progress.number], self._names[self._progress.number])
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Adds the penalties of the phase to the gradients."""
-        phase = self._phases[self._number]
-        if not phase.l2 and not phase.l2_sp:
-            return
-        if id(optimizer) not in self._pulled:
-            self._pulled[id(optimizer)] = self._sort(pl_module, optimizer)
-        head, others = self._pulled[id(optimizer)]
-        if phase.l2:
-            add_pull(head, {}, phase.l2)
-        if phase.l2_sp:
-            add_pull(others, self._starts, phase.l2_sp)
+        """Adds the penalties of the phase to the gradients, and takes the rates from them, if the phase asks for it.
 
-    def _sort(
-        self, pl_module: nn.Module, optimizer: Optimizer
-    ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """The head's parameters in an optimizer, and the others'."""
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parameters = {name: p for name, p in pl_module.named_parameters() if id(p) in mine}
-        in_head = set(self._groups[-1].parameters)
-        head = {name: p for name, p in parameters.items() if name in in_head}
-        return head, {name: p for name, p in parameters.items() if name not in in_head}
+        Frozen layers have none, whatever the module has done to them.
+        """
+        self._frozen.freeze_again()
+        self._steps.before_step(trainer, pl_module, optimizer, self._phases[self._progress.number])
 
     # ---- the end
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says what became of the features."""
+        self._features.let_go(trainer)
+        super().on_fit_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the module as it was found, but for its weights."""
@@ -439,19 +355,19 @@ class TransferLearningCallback(TipCallback):
         self._leave()
 
     def _leave(self) -> None:
-        _remove(self._left)
-        _remove(self._scaled)
-        release(self._held)
+        self._features.let_go()
+        self._steps.leave()
+        self._held.leave()
+        self._stop_watching()
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
-        self._held, self._to_hold, self._were_trainable, self._pulled = [], [], [], {}
+        self._were_trainable = []
+
+    def _stop_watching(self) -> None:
+        for handle in self._watch:
+            handle.remove()
+        self._watch = []
 
 
 def _trains(group: dict[str, Any]) -> bool:
     return any(p.requires_grad for p in group["params"])
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

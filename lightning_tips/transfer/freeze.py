@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_tips.transfer.layers import HEAD, LayerGroup
@@ -91,6 +92,70 @@ def release(modules: Iterable[nn.Module]) -> None:
     """The inverse of :func:`hold`."""
     for module in modules:
         module.training = True
+
+
+class Held:
+    """Modules that are kept in eval mode, whoever calls ``train()``, and later let go."""
+
+    def __init__(self) -> None:
+        self._wanted: list[nn.Module] = []
+        self._moved: list[nn.Module] = []
+
+    def want(self, modules: Sequence[nn.Module]) -> None:
+        """From now on these, and no others."""
+        self._wanted = list(modules)
+        kept = {id(module) for module in modules}
+        release(module for module in self._moved if id(module) not in kept)
+        self._moved = [module for module in self._moved if id(module) in kept]
+
+    def hold(self) -> None:
+        """Puts into eval mode what is not there (any more)."""
+        known = {id(module) for module in self._moved}
+        self._moved += [module for module in hold(self._wanted) if id(module) not in known]
+
+    def hold_if_moved(self) -> None:
+        """The same, for every step: as good as free where nothing happened."""
+        if any(module.training for module in self._wanted):
+            self.hold()
+
+    def leave(self) -> None:
+        """Lets go of all."""
+        self.want([])
+
+
+class Frozen:
+    """Parameters that do not train, whoever says that they should.
+
+    ``LightningModule.unfreeze()``, say, in a hook of the module's: from then on they would train, without a word.
+
+    Args:
+        asker: Who warns of it.
+    """
+
+    def __init__(self, asker: str) -> None:
+        self._asker = asker
+        self._parameters: list[tuple[str, nn.Parameter]] = []
+        self._warned = False
+
+    def keep(self, module: nn.Module) -> None:
+        """From now on those that do not require a gradient at this moment."""
+        self._parameters = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+
+    def freeze_again(self) -> None:
+        """Takes their gradients away, just before a step; warns of the first time that there were any."""
+        moved = [name for name, p in self._parameters if p.requires_grad or p.grad is not None]
+        if not moved:
+            return
+        for _, parameter in self._parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self._asker}: the module lets {len(moved)} frozen parameters train, {moved[0]} for one. They are"
+                " frozen again before each step, and their gradients computed in vain. Take unfreeze() or"
+                " requires_grad_(True) out of the module's hooks, or the tip."
+            )
 
 
 def frozen_state(module: nn.Module, groups: Sequence[LayerGroup]) -> dict[str, Tensor]:

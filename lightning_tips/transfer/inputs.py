@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # How people scale images; what a wrong one is called in the warning.
@@ -86,6 +89,48 @@ def check_images(images: Tensor, expected: InputExpectation) -> list[str]:
             f"{expected.size[1]}: objects of another size are other objects to them. Resize the images towards that."
         )
     return found
+
+
+def watch_images(module: nn.Module, asker: str) -> list[RemovableHandle]:
+    """Warns of what is wrong with the next batch of images that gets to a network whose expectations are known.
+
+    The network may be the module or any part of it, such as a backbone beside a head of one's own.
+
+    Args:
+        module: What holds the network.
+        asker: Who warns.
+
+    Returns:
+        Hooks, to be removed after the first training batch, as not each of them need have seen images.
+    """
+    looked = False
+
+    def look(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal looked
+        images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        expected = expected_inputs(part)
+        # A block of torchvision's inside of somebody else's network is called with features, which have more channels.
+        if looked or images is None or expected is None or images.ndim != 4:
+            return
+        if images.shape[1] > 4 and not _is_timm(part):
+            return
+        looked = True
+        for finding in check_images(images, expected):
+            rank_zero_warn(f"{asker}: {finding} (check_inputs=False for silence)")
+
+    parts = {id(part): part for part in _outermost_known(module)}  # one may be there under two names
+    return [part.register_forward_pre_hook(look, with_kwargs=True) for part in parts.values()]
+
+
+def _outermost_known(module: nn.Module) -> list[nn.Module]:
+    """The largest parts whose expectations are known."""
+    if expected_inputs(module) is not None:
+        return [module]
+    return [part for child in module.children() for part in _outermost_known(child)]
+
+
+def _is_timm(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "pretrained_cfg", None), dict)
 
 
 def _bounds(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[float, float]:

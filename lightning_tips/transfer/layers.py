@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from lightning_tips.core import did_you_mean
+from lightning_tips.transfer.heads import (
+    find_head,
+    find_network,
+    has_timm_groups,
+    join,
+    nearest,
+    weighted_children,
+    within,
+)
 
 HEAD = "head"
 """Name of the last group, whatever the network calls it."""
 
-# What people call the part that is made anew for each task, and the containers that hold a network's stages.
-_HEAD_NAMES = ("head", "heads", "*_head", "head_*", "fc", "classifier", "classif", "last_linear", "logits", "output")
+# What people call the containers that hold a network's stages.
 _CONTAINER_NAMES = {"features", "encoder", "layers", "blocks", "stages", "backbone", "model", "network", "net", "body"}
 _CONTAINER_NAMES |= {"trunk", "trunk_output", "encoder_layers", "transformer", "feature_extractor"}
 
@@ -33,87 +40,6 @@ class LayerGroup:
     name: str
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
-
-
-def find_network(module: nn.Module, backbone: str | None = None) -> str:
-    """The name of the network inside a module (a LightningModule, say), under whatever attribute it is kept.
-
-    It is what one reaches by going down for as long as a single child holds all parameters; the empty name is the
-    module itself.
-
-    Args:
-        module: The module.
-        backbone: The name of a part, if given; patterns as in ``fnmatch`` are allowed.
-
-    Raises:
-        ValueError: If nothing has the name.
-    """
-    if backbone is not None:
-        return _find_module(module, backbone, "backbone")
-    name = ""
-    while not _has_timm_groups(here := module.get_submodule(name)):
-        children = _weighted_children(here)
-        own = any(True for _ in here.parameters(recurse=False))
-        if own or len(children) != 1 or not _weighted_children(here.get_submodule(children[0])):
-            break
-        name = _join(name, children[0])
-    return name
-
-
-def find_head(module: nn.Module, backbone: str | None = None, head: str | None = None) -> list[str]:
-    """The names of the modules that make up the head: what is new in transfer learning.
-
-    Args:
-        module: A network, or a module that holds one.
-        backbone: The name of the pretrained part; then the head is what lies outside of it, or, if nothing does,
-            the head within it.
-        head: The name of the head, or a pattern as in ``fnmatch``, if it is not to be looked for.
-
-    Returns:
-        Names in ``module``.
-
-    Raises:
-        ValueError: If a given name is unknown, or no head can be found.
-
-    Example:
-        >>> from torch import nn
-        >>> find_head(nn.ModuleDict({"features": nn.Conv2d(1, 4, 3), "fc": nn.Linear(4, 10)}))
-        ['fc']
-    """
-    if head is not None:
-        names = [n for n, _ in module.named_modules() if n and any(fnmatchcase(t, head) for t in _tails(module, n))]
-        names = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-        if not names:
-            raise ValueError(f"There is no head {head!r}. {_nearest(head, _module_names(module))}")
-        return names
-    network_name = find_network(module, backbone)
-    network = module.get_submodule(network_name)
-    if backbone is not None:
-        inside = {id(p) for p in network.parameters()}
-        if outside := list(_largest_without(module, inside)):
-            return outside
-    if names := _declared_head(network):
-        return [_join(network_name, name) for name in names]
-    children = _weighted_children(network)
-    headless = [c for c in children if _has_timm_groups(part := network.get_submodule(c)) and not _declared_head(part)]
-    if len(headless) == 1 < len(children):  # made with num_classes=0: the head is beside it
-        return [_join(network_name, child) for child in children if child not in headless]
-    named = [child for child in children if any(fnmatchcase(child.lower(), pattern) for pattern in _HEAD_NAMES)]
-    if named and len(named) < len(children):
-        if type(network).__module__.startswith(
-            "torchvision."
-        ):  # its classifiers have pretrained layers before the last
-            named = [
-                _join(named[-1], name) if (name := _last_weighted(network.get_submodule(named[-1]))) else named[-1]
-            ]
-        return [_join(network_name, name) for name in named]
-    last = _last_weighted(network)
-    if not last:
-        raise ValueError(
-            f"No head can be found in {type(network).__name__}: it is a single layer, or has no weights. Pass head=..."
-            " or backbone=..., the names of parts of the module."
-        )
-    return [_join(network_name, last)]
 
 
 def layer_groups(module: nn.Module, backbone: str | None = None, head: str | None = None) -> list[LayerGroup]:
@@ -144,12 +70,14 @@ def layer_groups(module: nn.Module, backbone: str | None = None, head: str | Non
     # Tied weights have two names. Each belongs where it is first found, but to the head if that has it.
     owner: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if _within(name, heads):
+        if within(name, heads):
             owner[id(parameter)] = HEAD
     grouped: dict[str, list[str]] = {}
     stage_of = _stages(module, network_name, heads)
     for name, parameter in module.named_parameters():
         stage = owner.get(id(parameter)) or stage_of(name)
+        if stage == HEAD and id(parameter) not in owner:  # another part of that name, where the head is elsewhere
+            stage = f"{HEAD}+"
         grouped.setdefault(stage, []).append(name)
     in_head = grouped.pop(HEAD, [])
     grouped = _without_tiny(module, grouped)
@@ -168,8 +96,8 @@ def match_parameters(groups: Sequence[LayerGroup], patterns: Iterable[str], netw
 
     Args:
         groups: The groups of a module.
-        patterns: Each is the name of a group, of a module or of a parameter, in the module or in its network, with
-            ``*``, ``?`` and ``[...]`` as in ``fnmatch``. ``"all"`` is everything.
+        patterns: Each is the name of a group, else of a module or of a parameter, in the module or in its network,
+            with ``*``, ``?`` and ``[...]`` as in ``fnmatch``. ``"all"`` is everything.
         network: The name of the network in the module, which patterns may leave out.
 
     Raises:
@@ -184,11 +112,14 @@ def match_parameters(groups: Sequence[LayerGroup], patterns: Iterable[str], netw
             names_of[parameter] = names
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {p for p, names in names_of.items() if pattern == "all" or any(fnmatchcase(n, pattern) for n in names)}
+        # A module may have the name of a group too: timm's ConvNeXt has a norm in its `head`.
+        found = {parameter for group in groups if group.name == pattern for parameter in group.parameters}
+        if not found:
+            found = {p for p, ns in names_of.items() if pattern == "all" or any(fnmatchcase(n, pattern) for n in ns)}
         if not found:
             known = {name for names in names_of.values() for name in names}
             listed = ", ".join(group.name for group in groups)
-            raise ValueError(f"No layer matches {pattern!r}. {_nearest(pattern, known)} The groups are: {listed}.")
+            raise ValueError(f"No layer matches {pattern!r}. {nearest(pattern, known)} The groups are: {listed}.")
         chosen |= found
     return [parameter for parameter in names_of if parameter in chosen]
 
@@ -200,18 +131,18 @@ def _stages(module: nn.Module, network_name: str, heads: Sequence[str]) -> Calla
     """A function from the name of a parameter outside of the head to its stage."""
     network = module.get_submodule(network_name)
     prefix = f"{network_name}." if network_name else ""
-    if _has_timm_groups(network):
+    if has_timm_groups(network):
         stages = {f"{prefix}{name}": stage for name, stage in _timm_stages(network, prefix, heads).items()}
         first = next(iter(stages.values()), "first")
         return lambda name: stages.get(name, first if not name.startswith(prefix) else name.split(".")[0])
 
     opened = _open(module, network_name, heads)
-    firsts = [part for part in opened if not _within(part, heads)]
+    firsts = [part for part in opened if not within(part, heads)]
     first = firsts[0].removeprefix(prefix) if firsts else "first"
 
     def stage_of(name: str) -> str:
-        part = max((part for part in opened if _within(name, [part])), key=len, default="")
-        if part and _has_timm_groups(inner := module.get_submodule(part)):
+        part = max((part for part in opened if within(name, [part])), key=len, default="")
+        if part and has_timm_groups(inner := module.get_submodule(part)):
             found = _timm_stages(inner, f"{part}.", heads).get(name.removeprefix(f"{part}."))
             if found is not None:
                 return f"{part.removeprefix(prefix)}.{found}"
@@ -223,22 +154,18 @@ def _stages(module: nn.Module, network_name: str, heads: Sequence[str]) -> Calla
 def _open(module: nn.Module, name: str, heads: Sequence[str]) -> list[str]:
     """The parts of a network: its children, and in place of a child that holds the stages those."""
     opened: list[str] = []
-    for child in _weighted_children(module.get_submodule(name)):
-        full = _join(name, child)
+    for child in weighted_children(module.get_submodule(name)):
+        full = join(name, child)
         part = module.get_submodule(full)
         contains_head = any(h.startswith(f"{full}.") for h in heads)
-        several = len(_weighted_children(part)) > 1
-        is_container = child in _CONTAINER_NAMES and not _has_timm_groups(part)
-        single = len(_weighted_children(part)) == 1 and _weighted_children(part)[0] in _CONTAINER_NAMES
+        several = len(weighted_children(part)) > 1
+        is_container = child in _CONTAINER_NAMES and not has_timm_groups(part)
+        single = len(weighted_children(part)) == 1 and weighted_children(part)[0] in _CONTAINER_NAMES
         if (is_container and (several or single)) or contains_head:
             opened += _open(module, full, heads)
         else:
             opened.append(full)
     return opened
-
-
-def _has_timm_groups(module: nn.Module) -> bool:
-    return callable(getattr(module, "group_matcher", None))
 
 
 def _timm_stages(network: Any, prefix: str, heads: Sequence[str]) -> dict[str, str]:
@@ -247,7 +174,7 @@ def _timm_stages(network: Any, prefix: str, heads: Sequence[str]) -> dict[str, s
 
     stages: dict[str, str] = {}
     for names in group_parameters(network, network.group_matcher(coarse=True)).values():
-        outside = [name for name in names if not _within(f"{prefix}{name}", heads)]
+        outside = [name for name in names if not within(f"{prefix}{name}", heads)]
         if outside:
             label = _common(network, outside)
             label = f"{label}+" if label in stages.values() else label
@@ -295,7 +222,7 @@ def _modules_of(module: nn.Module, grouped: dict[str, list[str]]) -> dict[str, l
     modules: dict[str, list[str]] = {group: [] for group in grouped}
     before = next(iter(grouped))
     for name, part in module.named_modules():
-        own = [_join(name, parameter) for parameter, _ in part.named_parameters(recurse=False)]
+        own = [join(name, parameter) for parameter, _ in part.named_parameters(recurse=False)]
         known = [group_of[p] for p in own if p in group_of]
         if known:
             before = known[0]
@@ -304,73 +231,6 @@ def _modules_of(module: nn.Module, grouped: dict[str, list[str]]) -> dict[str, l
     return modules
 
 
-# ---- small things
-
-
-def _declared_head(network: nn.Module) -> list[str]:
-    """What a timm network says of its classifier, as far as it is there."""
-    config = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None)
-    declared = config.get("classifier") if isinstance(config, dict) else None
-    names = [declared] if isinstance(declared, str) else list(declared or ())
-    modules = dict(network.named_modules())
-    return [name for name in names if name in modules and any(True for _ in modules[name].parameters())]
-
-
-def _largest_without(module: nn.Module, inside: set[int], name: str = "") -> Iterator[str]:
-    for child, part in module.named_children():
-        parameters = [id(p) for p in part.parameters()]
-        if parameters and not any(p in inside for p in parameters):
-            yield _join(name, child)
-        elif any(p not in inside for p in parameters):
-            yield from _largest_without(part, inside, _join(name, child))
-
-
-def _last_weighted(module: nn.Module) -> str:
-    """The last layer that multiplies by a matrix."""
-    found = ""
-    for name, part in module.named_modules():
-        if name and any(p.ndim > 1 for p in part.parameters(recurse=False)):
-            found = name
-    return found
-
-
-def _weighted_children(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_children() if any(True for _ in child.parameters())]
-
-
-def _find_module(module: nn.Module, pattern: str, role: str) -> str:
-    names = _module_names(module)
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
-        raise ValueError(f"There is no {role} {pattern!r}. {_nearest(pattern, names)}")
-    return min(found, key=len)
-
-
-def _nearest(wrong: str, names: Iterable[str]) -> str:
-    """The names that are near, or the short ones: a network has hundreds."""
-    names = list(names)
-    near = did_you_mean(wrong, names)
-    return near if near.startswith("Did") else did_you_mean(wrong, [name for name in names if name.count(".") < 2])
-
-
-def _module_names(module: nn.Module) -> list[str]:
-    return [name for name, part in module.named_modules() if name and any(True for _ in part.parameters())]
-
-
-def _tails(module: nn.Module, name: str) -> list[str]:
-    """A name, and what is left of it inside the network."""
-    network = find_network(module)
-    return [name, name.removeprefix(f"{network}.")] if network else [name]
-
-
 def _parts(name: str) -> list[str]:
     pieces = name.split(".")
     return [".".join(pieces[:end]) for end in range(1, len(pieces) + 1)]
-
-
-def _within(name: str, parents: Sequence[str]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -1,4 +1,4 @@
-"""Learning rates by layer in an optimizer that is there already, its schedulers along with it; and the L2 pull."""
+"""Learning rates by layer in an optimizer that is there already, its schedulers along with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_tips.core import group_rates
+from lightning_tips.core import group_rates, note_full_rates
 
 FACTOR = "lr_factor"
 """Option of a parameter group: its rate as a share of what the user's optimizer had for it."""
@@ -152,19 +153,62 @@ def gradient_shares(optimizer: Optimizer) -> list[float] | None:
     """The share of the rate that each parameter group gets by auto-RGN: the relative norm of its gradient.
 
     Lee et al. 2023 (arXiv 2210.11466): layers whose gradient is large beside their weights are those that the new data
-    asks to change. The group with the largest ratio gets all of the rate.
+    asks to change. The group with the largest ratio gets all of the rate. A factor on all gradients, such as a loss
+    scale, or clipping by the norm of all, changes nothing.
+
+    Args:
+        optimizer: An optimizer whose gradients are there, those of the coming step.
 
     Returns:
         A share in [0, 1] for each group; ``None`` where nothing has a gradient.
     """
+    trained = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+    flat = [p for chosen in trained for p in chosen]
+    if not flat:
+        return None
+    weights = iter(_squares([p.detach() for p in flat]))
+    gradients = iter(_squares([p.grad.detach() for p in flat if p.grad is not None]))
     ratios = []
-    for group in optimizer.param_groups:
-        trained = [p for p in group["params"] if p.grad is not None]
-        weights = sum(float(p.detach().double().square().sum()) for p in trained)
-        gradient = sum(float(p.grad.detach().double().square().sum()) for p in trained)
-        ratios.append(math.sqrt(gradient / weights) if weights and math.isfinite(gradient) else 0.0)
-    largest = max(ratios, default=0.0)
+    for chosen in trained:
+        weight, gradient = (sum(next(values) for _ in chosen) for values in (weights, gradients))
+        ratios.append(math.sqrt(gradient / weight) if weight and math.isfinite(gradient) else 0.0)
+    largest = max(ratios)
     return [ratio / largest for ratio in ratios] if largest else None
+
+
+def _squares(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Their squared norms, fetched from the device in one go."""
+    return torch.stack([t.double().square().sum().to(tensors[0].device) for t in tensors]).tolist()
+
+
+def keep_found_rate(optimizer: Optimizer, noted: Sequence[float], fixed: bool) -> None:
+    """Undoes that a learning rate finder has given all parameter groups one rate: each keeps its ratio to the others.
+
+    Args:
+        optimizer: The optimizer.
+        noted: The rate of each group before.
+        fixed: Whether the phase has a rate of its own. Then the found one is for phases that have none.
+    """
+    found = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(found) != 1 or [float(group["lr"]) for group in optimizer.param_groups] == list(noted):
+        return
+    rate = found.pop()
+    full = [before / float(group.get(FACTOR, 1.0)) for group, before in zip(optimizer.param_groups, noted, strict=True)]
+    change = rate / (max(full) if fixed else max(noted))
+    for group, before in zip(optimizer.param_groups, noted, strict=True):
+        if fixed:
+            group["lr"] = before
+            group[FACTOR] = float(group.get(FACTOR, 1.0)) / change
+        else:
+            group["lr"] = before * change
+
+
+def note_found_rates(schedulers: Sequence[LRSchedulerConfig]) -> None:
+    """Lets the full rates follow where a learning rate finder has changed the rate after schedulers were made."""
+    note_full_rates(schedulers)
+    for scheduler in _flat(config.scheduler for config in schedulers):
+        if isinstance(getattr(scheduler, "_last_lr", None), list):  # so that it is noted once
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _flat(schedulers: Iterable[Any]) -> list[Any]:
@@ -172,21 +216,3 @@ def _flat(schedulers: Iterable[Any]) -> list[Any]:
     for scheduler in schedulers:
         found += [scheduler, *_flat(getattr(scheduler, "_schedulers", ()))]
     return found
-
-
-def add_pull(parameters: Mapping[str, nn.Parameter], starts: Mapping[str, Tensor], strength: float) -> None:
-    """Adds the gradient of ``strength / 2 * |w - start|^2`` to the gradients that are there.
-
-    With the pretrained weights as starts it is L2-SP (Li et al. 2018); where there is no start it is an L2 penalty.
-    It acts on the gradient, so no loss has to be edited.
-
-    Args:
-        parameters: By name; those without a gradient are passed over.
-        starts: By name; a missing one is zero.
-        strength: The coefficient.
-    """
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            start = starts.get(name)
-            distance = parameter.detach() if start is None else parameter.detach() - start.to(parameter.device)
-            parameter.grad.add_(distance.to(parameter.grad.dtype), alpha=strength)

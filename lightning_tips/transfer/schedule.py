@@ -16,6 +16,7 @@ from lightning_tips.transfer.freeze import BATCH_NORM_POLICIES, BatchNormPolicy
 from lightning_tips.transfer.layers import HEAD, LayerGroup
 
 PRESETS = ("head_only", "lp_ft", "gradual")
+_RATES = ("lr", "layer_decay", "l2", "l2_sp", "min_delta")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class Phase:
             if key not in known:
                 raise ValueError(f"A phase has no {key!r}. {did_you_mean(str(key), known)}")
         train = data.get("train", [HEAD])
-        return cls(**data | {"train": [train] if isinstance(train, str) else list(train)})
+        train = train if isinstance(train, list | tuple) else [] if train is None else [train]
+        numbers = {key: _number(data[key]) for key in _RATES if key in data}
+        return cls(**data | numbers | {"train": [str(pattern) for pattern in train]})  # yaml reads a layer `3` as int
 
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as plain data."""
@@ -91,34 +94,6 @@ class Phase:
         ends = [f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}"] if self.epochs is not None else []
         ends += [f"until {self.monitor} stalls for {self.patience} validations"] if self.monitor else []
         return words + (f" ({given})" if given else "") + (f", {' or '.join(ends)}" if ends else "")
-
-
-class Gate:
-    """Says when a metric has stopped improving: no new best for ``patience`` values."""
-
-    def __init__(self, mode: str, patience: int, min_delta: float) -> None:
-        self.mode, self.patience, self.min_delta = mode, patience, min_delta
-        self.best: float | None = None
-        self.waited = 0
-
-    def update(self, value: float) -> bool:
-        """Takes the next value (one that is not finite counts as no improvement); returns whether to go on."""
-        sign = 1.0 if self.mode == "min" else -1.0
-        better = self.best is None or sign * (self.best - value) > self.min_delta
-        if better and math.isfinite(value):
-            self.best, self.waited = value, 0
-        else:
-            self.waited += 1
-        return self.waited >= self.patience
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return {"best": self.best, "waited": self.waited}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.best = None if state["best"] is None else float(state["best"])
-        self.waited = int(state["waited"])
 
 
 def preset_phases(
@@ -184,7 +159,10 @@ def read_plan(source: str | Path | Sequence[Phase | dict[str, Any]]) -> list[Pha
     """
     given: Any = source
     if isinstance(source, str | Path):
-        given = yaml.safe_load(Path(source).read_text())
+        try:
+            given = yaml.safe_load(Path(source).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"The schedule {source} is no yaml: {error}") from error
         given = given.get("phases", given) if isinstance(given, dict) else given
     if not isinstance(given, list | tuple) or not all(isinstance(item, Phase | dict) for item in given):
         raise ValueError("A schedule is a list of phases, each a mapping with `train` and what ends it.")
@@ -257,11 +235,11 @@ def _check_phase(phase: Phase) -> None:
         raise ValueError(f"{where} trains nothing; name layers, or 'all'.")
     for key, least in (("epochs", 1), ("start", 0), ("patience", 1), ("warmup_steps", 0)):
         value = getattr(phase, key)
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and not (is_whole(value) and value >= least):
             raise ValueError(f"{where} has {key}={value!r}; it must be a whole number of {least} or more.")
     for key, above in (("lr", True), ("layer_decay", True), ("l2", False), ("l2_sp", False), ("min_delta", False)):
         value = getattr(phase, key)
-        if value is not None and not (math.isfinite(value) and (value > 0 if above else value >= 0)):
+        if value is not None and not (is_number(value) and (value > 0 if above else value >= 0)):
             raise ValueError(
                 f"{where} has {key}={value!r}; it must be a number {'above' if above else 'of at least'} 0."
             )
@@ -271,3 +249,21 @@ def _check_phase(phase: Phase) -> None:
         value = getattr(phase, key)
         if value not in known:
             raise ValueError(f"{where} has {key}={value!r}. {did_you_mean(str(value), [k for k in known if k])}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, and a finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> Any:
+    """The number that is meant: yaml reads ``3e-4`` as text, for want of a point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
