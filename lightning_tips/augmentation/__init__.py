@@ -21,6 +21,7 @@ from lightning_tips.augmentation.operations import (
 )
 from lightning_tips.augmentation.policies import POLICIES, read_policy
 from lightning_tips.augmentation.preview import contact_sheet
+from lightning_tips.augmentation.shortcut import Shortcut, minority_classes, shortcut_probe
 
 __all__ = [
     "OPERATIONS",
@@ -38,12 +39,15 @@ __all__ = [
     "Rotate",
     "Saturation",
     "Shift",
+    "Shortcut",
     "VerticalFlip",
     "augment_batch",
     "contact_sheet",
     "guard_table",
     "label_guard",
+    "minority_classes",
     "mix_batch",
     "read_policy",
     "safe_operation",
+    "shortcut_probe",
 ]

@@ -204,12 +204,17 @@ def _change(work: Tensor, places: NDArray[np.int64], change: Callable[[Tensor], 
 
 
 def _one_by_one(images: Tensor, transform: Callable[[Tensor], Tensor], seeds: Tensor, number: int) -> Tensor:
-    """Applies a transform that draws from torch's global generator, each image under a seed of its own."""
+    """Applies a transform that draws from torch's global generators, each image under a seed of its own."""
     words = hashed(hashed(seeds.cpu().long().numpy().view(np.uint64)), number)
     result = torch.empty_like(images, memory_format=torch.contiguous_format)
+    generators = [torch.default_generator]
+    if images.is_cuda:
+        number = torch.cuda.current_device() if images.device.index is None else images.device.index
+        generators.append(torch.cuda.default_generators[number])
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         for place, word in enumerate(words.tolist()):
-            torch.manual_seed(word >> 1)
+            for generator in generators:  # torch.manual_seed looks at every kind of device and takes a millisecond
+                generator.manual_seed(word >> 1)
             changed = transform(images[place])
             if not isinstance(changed, Tensor) or changed.shape != images[place].shape or changed.dtype != images.dtype:
                 raise ValueError(

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numpy.typing import NDArray
 from torch import Tensor
+from torchmetrics import Metric
 
+from lightning_tips.augmentation.address import UNKNOWN_SIZE, Address, batch_size_of, by_place, own_numbers
 from lightning_tips.augmentation.batch import augment_batch, check_images
+from lightning_tips.augmentation.checks import check_arguments, check_last_epochs, warn_if_never_off
 from lightning_tips.augmentation.geometry import Padding
+from lightning_tips.augmentation.metrics import hard_targets_for, index_metrics
 from lightning_tips.augmentation.mix import mix_batch
 from lightning_tips.augmentation.policies import Policy, Step, describe_policy, read_policy
-from lightning_tips.augmentation.preview import contact_sheet
-from lightning_tips.augmentation.random_numbers import hashed
+from lightning_tips.augmentation.preview import changing_first, contact_sheet
+from lightning_tips.augmentation.shortcut import Shortcut, ShortcutWatch, belong_to
 from lightning_tips.augmentation.surroundings import (
-    TAKES_MIXED,
-    UNKNOWN_SIZE,
-    batch_size_of,
-    belong_to,
+    chosen_classes,
+    first_mixed_step,
     label_names,
-    own_numbers,
+    number_of_classes,
     refuse_hard_losses,
+    refuse_what_would_stay,
 )
 from lightning_tips.core import (
     ActsOn,
     ReplacedStep,
     TipCallback,
-    class_counts,
-    find_labels,
+    agree,
     inputs_of,
     log_picture,
+    next_indices,
+    record_train_indices,
     replace_inputs,
     replace_targets,
     report_folder,
     say,
     targets_of,
+    unknown_indices,
 )
 
 PREVIEWED = 8  # images in the contact sheet
@@ -49,9 +55,11 @@ FORMS = 3  # of each
 class BatchAugmentationCallback(TipCallback):
     """Augments training batches on the device, each sample with parameters of its own, without an edit to the module.
 
-    What becomes of a sample depends on ``seed``, the epoch and the sample's place in the epoch's order: the same after
-    a resume, with any number of workers, and, where ranks take turns in one order as DistributedSampler lets them, with
-    any number of ranks and any batch size. ``sample_key`` makes it depend on the sample itself instead.
+    What becomes of a sample depends on ``seed``, the epoch and the sample, which is known by its place in the dataset:
+    the same after a resume, with any number of workers and ranks, any batch size and any order. Where that place is not
+    known, or a sample may come more than once in an epoch, its place in the epoch's order decides, which is said once:
+    the same after a resume and with any number of workers; of ranks too where these take turns in one order, as those
+    of ``ImbalancedSamplerCallback`` do. ``sample_key`` names the samples instead.
 
     Validation, test and prediction never see it.
 
@@ -61,8 +69,9 @@ class BatchAugmentationCallback(TipCallback):
         mixup: Alpha of mixup, 0.2 for example; 0 for none. The training step then gets targets (B, C) of probabilities.
         cutmix: Alpha of CutMix, 1.0 for example; with both, each sample gets one of them by chance.
         only_classes: Augment only these classes, or ``"minority"``: those with fewer samples than classes have on
-            average. It can teach a shortcut (what looks augmented is rare): prefer an ``ImbalancedSamplerCallback``
-            beside the augmentation of all, or ``ClassAugmentationCallback``, which probes for it.
+            average. It can teach a shortcut, that what looks augmented is of these classes; each validation probes for
+            that, on its first batches, and warns. Better is an ``ImbalancedSamplerCallback`` beside the augmentation
+            of all: rare samples come more often, each time in another form.
         preview: Whether to leave a contact sheet before the first step, ``augmentation.png`` in the run's folder.
         last_epochs_off: How many epochs at the end to train without augmentation and mixing.
         num_classes: C, for mixing; by default the module's ``num_classes``, else that of the training labels.
@@ -71,8 +80,9 @@ class BatchAugmentationCallback(TipCallback):
         seed: Of the random numbers.
         input_key: Key of the images in batches that are dicts, if it is none of the usual ones.
         target_key: Key of the targets, likewise.
-        sample_key: Key of the samples' own numbers (B,) in batches that are dicts, or their place in tuples. Not beside
-            over-sampling: the repeats of a sample in one epoch would look alike.
+        sample_key: Key of the samples' own numbers (B,) in batches that are dicts, or their place in tuples; wanted
+            only where the loader does not tell. Not beside over-sampling: the repeats of a sample in one epoch would
+            look alike.
 
     Raises:
         ValueError: For a policy or numbers out of their domain.
@@ -99,18 +109,7 @@ class BatchAugmentationCallback(TipCallback):
         sample_key: int | str | None = None,
     ) -> None:
         steps = read_policy(policy)
-        if not steps and not mixup and not cutmix:
-            raise ValueError("The policy is empty and nothing is mixed: there is nothing to do. Leave the tip out.")
-        if mixup < 0 or cutmix < 0:
-            raise ValueError(f"mixup={mixup} and cutmix={cutmix} must not be negative; 0 switches one off.")
-        if isinstance(only_classes, str) and only_classes != "minority":
-            raise ValueError(f"only_classes={only_classes!r} must be 'minority', a list of class indices or None.")
-        if only_classes is not None and (mixup or cutmix):
-            raise ValueError("Mixing is of all classes: leave mixup and cutmix at 0 with only_classes.")
-        if last_epochs_off < 0:
-            raise ValueError(f"last_epochs_off={last_epochs_off} must not be negative.")
-        if padding not in ("zeros", "border", "reflection"):
-            raise ValueError(f"padding={padding!r} must be 'zeros', 'border' or 'reflection'.")
+        check_arguments(steps, mixup, cutmix, only_classes, last_epochs_off, padding)
         # A name stays one: a named policy adapts itself to images that are not RGB.
         self.policy: Policy = policy if isinstance(policy, str) else steps
         self.mixup = mixup
@@ -125,13 +124,22 @@ class BatchAugmentationCallback(TipCallback):
         self.input_key = input_key
         self.target_key = target_key
         self.sample_key = sample_key
+        self.shortcut: Shortcut | None = None
+        """What the probe found in the last validation, with ``only_classes``."""
         self._steps: list[Step] = steps
         self._chosen: list[int] | None = None  # None: all
         self._classes: int | None = None
+        self._metrics: list[Metric] = []  # of the module, that cannot take mixed targets
         self._step: ReplacedStep | None = None
+        self._watch: ShortcutWatch | None = None
         self._batch_idx = 0
         self._batch_size = UNKNOWN_SIZE
+        self._indices: list[int] | None = None  # of the running batch's samples in the dataset
+        self._unknown: str | None = None  # why these cannot be told, or do not tell samples apart
+        self._said_place = False
+        self._take_back: Callable[[], None] | None = None
         self._tried = False  # whether a batch of this fit went through
+        self._to_show = False  # whether the contact sheet waits for its batch
 
     def describe(self) -> str:
         """For the table at fit start."""
@@ -149,34 +157,54 @@ class BatchAugmentationCallback(TipCallback):
             return "mixed targets have no class to take a weight from. Leave mixup and cutmix at 0, or sample instead."
         return None
 
+    def reset(self) -> None:
+        """Forgets the last run."""
+        super().reset()
+        self.shortcut = None
+        self._said_place = False
+
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks what can be known before there are batches."""
-        if self.last_epochs_off and (trainer.max_epochs is None or trainer.max_epochs < 0):
-            raise MisconfigurationException(
-                "last_epochs_off needs to know which epochs are the last: give the Trainer max_epochs."
-            )
-        if not (self.mixup or self.cutmix):
-            return
-        refuse_hard_losses(pl_module)
+        """Checks what can be known before there are batches; has the loader tell which samples they will hold."""
+        self._release()
+        check_last_epochs(trainer, self.last_epochs_off)
+        if self.mixup or self.cutmix:
+            refuse_hard_losses(pl_module)
+        if self.sample_key is None:
+            self._take_back = record_train_indices(trainer)
 
     # ---- training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stands before the training step."""
-        self._release()
+        self._release_step()  # a learning rate finder may have begun before
         self._tried = False
-        self.look_at(trainer.train_dataloader, pl_module)
+        warn_if_never_off(trainer, self.last_epochs_off)
+        self._to_show = trainer.global_step == 0 and self.preview and not getattr(trainer, "fast_dev_run", False)
+        loader = trainer.train_dataloader
+        self.look_at(loader, pl_module, trainer.world_size)
+        if self.sample_key is None and self._unknown and not hasattr(getattr(loader, "sampler", None), "set_position"):
+            self._say_place(trainer, self._unknown)
+        self._chosen, self._classes = agree(trainer, (self._chosen, self._classes))
+        if self._chosen is not None:
+            self._watch = ShortcutWatch(
+                self.policy, self._chosen, self.seed, value_range=self.value_range, padding=self.padding
+            )
+        self._metrics = index_metrics(pl_module)
         self._step = ReplacedStep(trainer.strategy, lambda *args, **kwargs: self._train(trainer, *args, **kwargs))
         super().on_train_start(trainer, pl_module)
         if not self.events:
             self.record(trainer, self.describe())
 
-    def look_at(self, loader: Any, pl_module: pl.LightningModule) -> None:
-        """Learns what it must know of the training data: the batch size and, where it needs them, the classes."""
+    def look_at(self, loader: Any, pl_module: pl.LightningModule, world_size: int = 1) -> None:
+        """Learns what it must know of the training data.
+
+        That is how its samples are known and, where they are needed, the classes.
+        """
         self._batch_size = batch_size_of(loader)
-        if self.only_classes is not None:
-            self._chosen = self._choose(loader)
-        self._classes = self._count_classes(loader, pl_module) if self.mixup or self.cutmix else None
+        self._unknown = unknown_indices(loader, world_size)
+        self._chosen = chosen_classes(self.only_classes, loader, self.target_key)
+        if self.mixup or self.cutmix:
+            self._classes = self.num_classes or number_of_classes(pl_module, loader, self.target_key)
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says when it goes off."""
@@ -188,7 +216,12 @@ class BatchAugmentationCallback(TipCallback):
     ) -> None:
         """Notes which batch it is: not every training step is told."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._batch_idx = batch_idx
+        self.begin_batch(trainer.train_dataloader, batch_idx)
+
+    def begin_batch(self, loader: Any, batch_idx: int) -> None:
+        """Notes which batch of the loader comes now, and which samples it holds."""
+        indices = next_indices(loader)
+        self._batch_idx, self._indices = batch_idx, None if self._unknown else indices
 
     def _is_off(self, trainer: pl.Trainer) -> bool:
         return bool(self.last_epochs_off) and trainer.current_epoch >= (trainer.max_epochs or 0) - self.last_epochs_off
@@ -199,44 +232,65 @@ class BatchAugmentationCallback(TipCallback):
         try:
             images = inputs_of(batch, self.input_key)
             if not self._tried:
-                check_images(images, self.value_range)
-                if trainer.global_step == 0:
-                    self._show(trainer, batch)
+                self.check(batch)
+            if self._to_show and self.shows_something(batch):
+                self._to_show = False
+                self._show(trainer, batch)
             changed = replace_inputs(batch, self._augment(trainer, batch, images), self.input_key)
             if self.mixup or self.cutmix:
                 changed = self._mix(trainer, changed)
         except (KeyError, TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: {error.args[0] if error.args else error!r}"
-            ) from error
-        if self._tried or not (self.mixup or self.cutmix):
-            self._tried = True
+            reason = error.args[0] if error.args else repr(error)  # str() of a KeyError would be in quotes
+            raise MisconfigurationException(f"{type(self).__name__}: {reason}") from error
+        tried, self._tried = self._tried, True
+        if not (self.mixup or self.cutmix):
             return step(changed, *args, **kwargs)
-        try:
-            result = step(changed, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as error:
-            raise MisconfigurationException(
-                f"The training step does not take mixed targets: {error}. Mixup and cutmix need {TAKES_MIXED}; or leave"
-                " them at 0."
-            ) from error
-        self._tried = True
-        return result
+        with hard_targets_for(self._metrics):
+            if tried:
+                return step(changed, *args, **kwargs)
+            return first_mixed_step(lambda: step(changed, *args, **kwargs))
+
+    def check(self, batch: Any) -> None:
+        """Raises unless it can augment a batch like this one without doing harm to what else is in it.
+
+        Raises:
+            ValueError: For images of another kind; see :func:`~lightning_tips.augmentation.augment_batch`.
+            KeyError: If it is not known where they are.
+            TypeError: For images or a batch of another type.
+            MisconfigurationException: For masks and boxes that would not move with the images.
+        """
+        images = inputs_of(batch, self.input_key)
+        check_images(images, self.value_range)
+        refuse_what_would_stay(batch, images, self._steps, self.target_key)
 
     def _augment(
-        self, trainer: pl.Trainer, batch: Any, images: Tensor, later: int = 0, first: int | None = None
-    ) -> Any:
-        """The images in the form that they have in this epoch, or in one ``later``; on request the ``first`` few."""
-        seeds = self._seeds(trainer, batch, len(images), later)[:first]
-        images = images[:first]
-        if self._chosen is None:
+        self, trainer: pl.Trainer, batch: Any, images: Tensor, later: int = 0, rows: list[int] | None = None
+    ) -> Tensor:
+        """The images in the form that they have in this epoch, or in one ``later``; on request only some ``rows``."""
+        seeds = self._address(trainer, later).sample_seeds(len(images), self._numbers(trainer, batch, len(images)))
+        belong = None if self._chosen is None else belong_to(targets_of(batch, self.target_key), self._chosen)
+        if rows is not None:
+            images, seeds, belong = images[rows], seeds[rows], None if belong is None else belong[rows]
+        if belong is None:
             return self._apply(images, seeds)
-        belong = belong_to(targets_of(batch, self.target_key)[:first], self._chosen)
         result = images.clone()
         if bool(belong.any()):
             result[belong] = self._apply(images[belong], seeds[belong.cpu()])
         return result
+
+    def _numbers(self, trainer: pl.Trainer, batch: Any, count: int) -> NDArray[np.int64] | None:
+        """By what each sample is known; None: by its place in the epoch's order."""
+        if self.sample_key is not None:
+            return own_numbers(batch, self.sample_key)
+        if self._indices is not None and len(self._indices) != count:
+            self._say_place(trainer, f"a batch of {len(self._indices)} samples holds {count} images")
+            return None
+        return None if self._indices is None else np.array(self._indices, np.int64)
+
+    def _say_place(self, trainer: pl.Trainer, why: str) -> None:
+        if not self._said_place:
+            self._said_place = True
+            say(trainer, f"{type(self).__name__}: {by_place(why)}")
 
     def _apply(self, images: Tensor, seeds: Tensor) -> Tensor:
         # Values are looked at in the first batch only: that needs a pass over them, and on a GPU waits for it.
@@ -244,71 +298,63 @@ class BatchAugmentationCallback(TipCallback):
             images, self.policy, seeds, value_range=self.value_range, padding=self.padding, check=False
         )
 
-    def _seeds(self, trainer: pl.Trainer, batch: Any, count: int, later: int = 0) -> Tensor:
-        """(B,) int64, by seed, epoch and sample."""
-        epoch = hashed(hashed(np.array([self.seed]).astype(np.uint64)), trainer.current_epoch + later)
-        if self.sample_key is not None:
-            identity = own_numbers(batch, self.sample_key)
-        else:  # its place in the order of all ranks together, which take turns
-            identity = (self._batch_idx * self._batch_size + np.arange(count)) * trainer.world_size
-            identity += trainer.global_rank
-        return torch.from_numpy(hashed(epoch, identity).view(np.int64))
+    def _address(self, trainer: pl.Trainer, later: int = 0) -> Address:
+        """Where the running batch stands, in this epoch or in one ``later``."""
+        epoch = trainer.current_epoch + later
+        # Not of the world: ranks that share one model (tensor parallel) must see the same images.
+        place = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return Address(self.seed, epoch, self._batch_idx, self._batch_size, place["num_replicas"], place["rank"])
 
     def _mix(self, trainer: pl.Trainer, batch: Any) -> Any:
         images, targets = inputs_of(batch, self.input_key), targets_of(batch, self.target_key)
         if not isinstance(targets, Tensor):
             raise TypeError(f"mixup and cutmix need targets that are a tensor, not {type(targets).__name__}.")
-        address = (self.seed, trainer.current_epoch, self._batch_idx, trainer.global_rank)
-        word = np.zeros(1, np.uint64)
-        for part in address:
-            word = hashed(word, part)
-        images, targets = mix_batch(images, targets, self._classes, self.mixup, self.cutmix, int(word[0]))
+        seed = self._address(trainer).batch_seed()
+        images, targets = mix_batch(images, targets, self._classes, self.mixup, self.cutmix, seed)
         return replace_targets(replace_inputs(batch, images, self.input_key), targets, self.target_key)
 
-    # ---- what it needs to know
+    # ---- the probe for the shortcut, with only_classes
 
-    def _counts(self, loader: Any) -> Any:
-        try:
-            return class_counts(find_labels(getattr(loader, "dataset", loader), self.target_key))
-        except (ValueError, TypeError) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count."""
+        if self._watch is not None:
+            self._watch.begin()
 
-    def _choose(self, loader: Any) -> list[int]:
-        counts = self._counts(loader)
-        if self.only_classes == "minority":
-            chosen = [c for c, number in enumerate(counts.tolist()) if number < counts.mean()]
-            if not chosen:
-                raise MisconfigurationException(
-                    "only_classes='minority', but all classes have equally many training samples: leave it out."
-                )
-            return chosen
-        chosen = [int(c) for c in self.only_classes or ()]
-        if unknown := [c for c in chosen if not 0 <= c < len(counts)]:
-            raise MisconfigurationException(
-                f"only_classes names the classes {unknown}, but there are only 0 to {len(counts) - 1}."
-            )
-        return chosen
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Probes the first batches, before the step: whoever watches the outputs must see those of the step last."""
+        if self._watch is not None and not dataloader_idx:
+            self._watch.look(pl_module, batch, batch_idx, self.input_key, self.target_key)
 
-    def _count_classes(self, loader: Any, pl_module: pl.LightningModule) -> int | None:
-        if self.num_classes is not None:
-            return self.num_classes
-        for owner in (pl_module, getattr(pl_module, "hparams", {})):
-            found = owner.get("num_classes") if isinstance(owner, Mapping) else getattr(owner, "num_classes", None)
-            if isinstance(found, int):
-                return found
-        try:
-            return len(self._counts(loader))
-        except MisconfigurationException:
-            return None  # wanted for class indices only; mix_batch then says to pass num_classes
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns, once, of what the probe found."""
+        if self._watch is None:
+            return
+        self.shortcut = found = self._watch.finish(trainer)
+        if found.suspicious and not any(event.what == "shortcut suspected" for event in self.events):
+            clean, augmented = found.shares
+            self.record(trainer, "shortcut suspected", clean=clean, augmented=augmented)
+            rank_zero_warn(found.warning(self._chosen))
 
     # ---- the contact sheet
 
     def _show(self, trainer: pl.Trainer, batch: Any) -> None:
-        if self.preview and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if trainer.is_global_zero:
             path = report_folder(trainer) / "augmentation.png"
             self.draw(trainer, batch, getattr(trainer.train_dataloader, "dataset", None), path)
             log_picture(trainer, "tips/augmentation/preview", path)
             say(trainer, f"What the augmentation shows: {path}")
+
+    def shows_something(self, batch: Any) -> bool:
+        """Whether a contact sheet of the batch would hold an augmented image; with ``only_classes`` not each does."""
+        return self._chosen is None or bool(belong_to(targets_of(batch, self.target_key), self._chosen).any())
+
+    def _shown_rows(self, batch: Any, count: int) -> list[int]:
+        """Which images of a batch to show: the first; with ``only_classes`` those that change come before others."""
+        if self._chosen is None:
+            return list(range(count))[:PREVIEWED]
+        return changing_first(belong_to(targets_of(batch, self.target_key), self._chosen).tolist(), PREVIEWED)
 
     def draw(self, trainer: pl.Trainer, batch: Any, dataset: Any, path: Path) -> None:
         """Leaves the contact sheet of a batch: images as they are, in this epoch, in the next ones, and mixed.
@@ -320,28 +366,35 @@ class BatchAugmentationCallback(TipCallback):
             path: The PNG to write.
         """
         images = inputs_of(batch, self.input_key)
-        forms = [self._augment(trainer, batch, images, later, PREVIEWED) for later in range(FORMS)]
+        rows = self._shown_rows(batch, len(images))
+        forms = [self._augment(trainer, batch, images, later, rows) for later in range(FORMS)]
         titles = [f"epoch {trainer.current_epoch + later}" for later in range(FORMS)]
         if self.mixup or self.cutmix:
             augmented = replace_inputs(batch, self._augment(trainer, batch, images), self.input_key)
-            forms.append(inputs_of(self._mix(trainer, augmented), self.input_key)[:PREVIEWED])
+            forms.append(inputs_of(self._mix(trainer, augmented), self.input_key)[rows])
             titles.append("mixed")
-        clean = images[:PREVIEWED]
-        labels = label_names(dataset, batch, len(clean), self.target_key)
-        contact_sheet(clean, forms, labels, path, self.value_range or (0, 1), titles)
+        labels = label_names(dataset, batch, len(images), self.target_key)
+        named = [labels[row] for row in rows]
+        contact_sheet(images[rows], forms, named, path, self.value_range or (0, 1), titles)
 
     # ---- the end
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the training step as it was."""
+        """Leaves training step and loaders as they were."""
         super().on_exception(trainer, pl_module, exception)
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the training step as it was."""
+        """Leaves training step and loaders as they were."""
         self._release()
 
     def _release(self) -> None:
+        self._release_step()
+        if self._take_back is not None:
+            self._take_back()
+            self._take_back = None
+
+    def _release_step(self) -> None:
         if self._step is not None:
             self._step.remove()
-            self._step = None
+        self._step = self._watch = self._indices = None

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tips.augmentation.batch import augment_batch
-from lightning_tips.augmentation.operations import ColourOperation, Operation, Rotate, Shift
+from lightning_tips.augmentation.operations import Blur, ColourOperation, Crop, Erase, Operation, Rotate, Shift
 from lightning_tips.augmentation.policies import Policy, Step, read_policy
 from lightning_tips.core import render_table
 
@@ -67,7 +67,7 @@ class GuardRow:
             return "kept"
         if self.taken_share >= 0.5 and self.lost >= 5:
             return f"becomes class {self.taken_for}"
-        return "lost, or never seen in training"
+        return "lost or never seen"
 
 
 @torch.no_grad()
@@ -88,7 +88,8 @@ def label_guard(
     former. And a network that was trained with a harmful operation may have learnt to live with it.
 
     Args:
-        model: Trained, in eval mode; returns logits (N, C).
+        model: Trained; returns logits (N, C). A module is put into eval mode for it, and gets the images on its own
+            device.
         images: (N, C, H, W) of validation data: about 100 a class or more, as fewer can show large falls only.
         targets: (N,) class indices.
         policy: See :func:`~lightning_tips.augmentation.read_policy`.
@@ -98,7 +99,15 @@ def label_guard(
 
     Returns:
         A row for each operation and class that occurs.
+
+    Raises:
+        ValueError: For targets that are no class indices, or a model that returns no logits.
     """
+    if targets.shape != images.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"The guard goes class by class: targets must be class indices ({len(images)},), one for each image, not"
+            f" {targets.dtype} of {tuple(targets.shape)}."
+        )
     seeds = torch.arange(len(images)) + seed * 1_000_003
     clean = _probabilities(model, images, convert)
     rows: list[GuardRow] = []
@@ -116,8 +125,23 @@ def _applicable(policy: Policy, images: Tensor) -> Iterator[Step]:
             yield step
 
 
-def _probabilities(model: Callable[[Tensor], Tensor], images: Tensor, convert: Any) -> Tensor:
-    parts = [model(part if convert is None else convert(part)).float().softmax(1) for part in images.split(BATCH)]
+def _probabilities(model: Any, images: Tensor, convert: Any) -> Tensor:
+    """(N, C), where the images are."""
+    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    parts = []
+    for part in training:  # in training mode it would learn from what it is shown, by its BatchNorm
+        part.training = False
+    try:
+        for images_of_part in images.split(BATCH):
+            taken = images_of_part if convert is None else convert(images_of_part)
+            logits = model(taken if weight is None else taken.to(weight.device))
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+                raise ValueError("The guard needs a model that returns logits (N, C), with a column for each class.")
+            parts.append(logits.float().softmax(1).to(images.device))
+    finally:
+        for part in training:
+            part.training = True
     return torch.cat(parts)
 
 
@@ -145,7 +169,16 @@ def _rows(name: str, clean: Tensor, augmented: Tensor, targets: Tensor) -> Itera
 
 
 def guard_table(rows: list[GuardRow], names: list[str] | None = None, all_rows: bool = False) -> str:
-    """The flagged rows, or all, as a table for a terminal; the largest falls first."""
+    """The flagged rows, or all, as a table for a terminal; the largest falls first.
+
+    Accuracy and mean confidence in the true class go from those on clean images to those on augmented ones. "Lost or
+    never seen": either the content is lost, or the network has never seen the operation in training.
+
+    Args:
+        rows: Of :func:`label_guard`.
+        names: Of the classes.
+        all_rows: Whether to show those too that are not flagged.
+    """
     shown = sorted((row for row in rows if all_rows or row.flagged()), key=lambda row: -row.drop)
     if not shown:
         return f"None of {len(rows)} pairs of operation and class loses its label."
@@ -153,16 +186,14 @@ def guard_table(rows: list[GuardRow], names: list[str] | None = None, all_rows: 
     def name(label: int) -> str:
         return names[label] if names is not None and 0 <= label < len(names) else str(label)
 
-    columns = ("operation", "class", "samples", "accuracy", "augmented", "confidence", "augmented", "verdict")
+    columns = ("operation", "class", "samples", "accuracy", "confidence", "verdict")
     cells = [
         (
             row.operation,
             name(row.label),
             str(row.samples),
-            f"{row.clean_accuracy:.1%}",
-            f"{row.accuracy:.1%}",
-            f"{row.clean_confidence:.2f}",
-            f"{row.confidence:.2f}",
+            f"{row.clean_accuracy:.0%} to {row.accuracy:.0%}",
+            f"{row.clean_confidence:.2f} to {row.confidence:.2f}",
             row.verdict.replace(f"class {row.taken_for}", name(row.taken_for)),
         )
         for row in shown
@@ -179,7 +210,7 @@ def safe_operation(
         model: See :func:`label_guard`, which also tells the other arguments.
         images: Likewise.
         targets: Likewise.
-        operation: A rotation, a shift or one of the colour operations can be shrunk; others pass or do not.
+        operation: Flips cannot be shrunk: they pass or do not.
         **more: Likewise.
 
     Returns:
@@ -208,11 +239,26 @@ def _shrunk(operation: Operation, share: float) -> Operation | None:
         if operation.by < 1:
             return replace(operation, by=operation.by * share)
         return replace(operation, by=int(operation.by * share)) if operation.by * share >= 1 else None
+    if isinstance(operation, Crop):
+        (low, high), (narrow, wide) = kept.area, kept.ratio
+        ratio = (narrow**share, wide**share)  # towards 1
+        return replace(operation, area=(1 - share * (1 - low), 1 - share * (1 - high)), ratio=ratio)
+    if isinstance(operation, Erase):
+        return replace(kept, area=(share * kept.area[0], share * kept.area[1]))
+    if isinstance(operation, Blur):
+        return replace(kept, sigma=(max(share * kept.sigma[0], 0.01), max(share * kept.sigma[1], 0.01)))
     return None
 
 
 def _name(step: Step) -> str:
     if not isinstance(step, Operation):
         return type(step).__name__
-    shown = [f"{key}={value}" for key, value in vars(step).items() if key != "p"]
-    return f"{type(step).__name__}({', '.join(shown)})"
+    ranges = {key: value for key, value in vars(step).items() if key != "p" and value is not None}
+    shown = [_range(value) if len(ranges) == 1 else f"{key} {_range(value)}" for key, value in ranges.items()]
+    return type(step).__name__ + (f"({', '.join(shown)})" if shown else "")
+
+
+def _range(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return f"{value:.4g}"
+    return f"{value[0]:.4g}" if value[0] == value[1] else f"{value[0]:.4g} to {value[1]:.4g}"

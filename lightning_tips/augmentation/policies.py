@@ -106,9 +106,13 @@ def _build(path: str, arguments: Any) -> Step:
         raise TypeError(f"{name}: its arguments must be given by name, such as {{p: 0.5}}, not {arguments!r}.")
     if module and module != __package__:
         try:
-            made: Step = getattr(importlib.import_module(module), name)(**arguments)
+            kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"The transform {path!r} cannot be imported: {error}") from error
+        try:
+            made: Step = kind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{path} does not take {dict(arguments)}: {error}") from error
         return made
     if name not in OPERATIONS:
         raise ValueError(

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["contact_sheet"]
+__all__ = ["changing_first", "contact_sheet"]
 
 
 def contact_sheet(
@@ -59,3 +59,16 @@ def _picture(image: Tensor, value_range: tuple[float, float]) -> NDArray[np.floa
     scaled = ((image.detach().cpu().float() - low) / (high - low)).clamp(0, 1)
     shown = scaled.permute(1, 2, 0) if len(scaled) == 3 else scaled[0]
     return np.broadcast_to(shown.numpy().reshape(*shown.shape[:2], -1), (*shown.shape[:2], 3))
+
+
+def changing_first(changes: Sequence[bool], shown: int) -> list[int]:
+    """Which rows of a batch to show: those that change come before others, of which a quarter is kept if there are.
+
+    Args:
+        changes: For each row, whether augmentation changes it.
+        shown: How many to show at most.
+    """
+    order = sorted(range(len(changes)), key=lambda row: not changes[row])
+    changing, others = order[: sum(changes)], order[sum(changes) :]
+    few = others[: max(shown // 4, shown - len(changing))]
+    return [*changing[: shown - len(few)], *few]
