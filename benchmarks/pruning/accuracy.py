@@ -1,0 +1,228 @@
+"""What pruning costs in accuracy: half the operations, by criterion, against two honest controls.
+
+    python benchmarks/pruning/accuracy.py
+
+Fashion-MNIST, ResNet-20 and VGG-11-BN (half its width). One base network for each seed; every arm goes on from it for
+the same epochs: one as it is, two steps of pruning to the target with an epoch after each, the rest after the last.
+The controls (Liu et al. 2019, arXiv 1810.05270): ``unpruned``, the base given the same extra epochs; ``scratch``, the
+shapes that ``l1`` ended with, from new weights, for the epochs of base and pruning together.
+
+Each finished run is appended to ``accuracy.csv`` and skipped the next time, so the study can be interrupted; two
+processes with other ``--seeds`` or ``--networks`` and OMP_NUM_THREADS=1 share the work. Base networks are kept in
+``--cache``. Test accuracy in per cent, of the last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+from lightning_tips import FilterPruningCallback
+from lightning_tips.core import resize_to
+from lightning_tips.pruning import count_cost
+from lightning_tips.vision import DigitsDataModule, FashionMNISTDataModule, ImageClassifier
+
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet20": ("resnet20", {}),
+    "vgg11_bn": ("cifar_vgg11_bn", {"width": 32}),
+}
+STEPS = 2
+
+# Arm: arguments of the callback; None for the controls.
+ARMS: dict[str, dict[str, Any] | None] = {
+    "unpruned": None,
+    "l1": {},
+    "l1_distilled": {"distill": 1.0},
+    "scratch": None,
+    "random": {"criterion": "random"},
+    "l1_distilled_30": {"distill": 1.0, "target": {"macs": 0.3}},
+    "l1_30": {"target": {"macs": 0.3}},
+    "l2": {"criterion": "l2"},
+    "taylor": {"criterion": "taylor"},
+    "apoz": {"criterion": "apoz"},
+    "mean_activation": {"criterion": "mean_activation"},
+    "l1_global_raw": {"scope": "global_raw"},
+}
+COLUMNS = ["network", "arm", "seed", "images", "base_epochs", "epochs", "base_acc", "test_acc", "test_loss"]
+COLUMNS += ["macs", "parameters", "cpu_seconds", "machine"]
+
+
+def classifier(network: str, steps: int, base: bool) -> ImageClassifier:
+    """The module of every arm: one cycle for a network from new weights, a cosine to 0 for one that goes on."""
+    name, arguments = NETWORKS[network]
+
+    def falling(optimizer: Any) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+
+    def one_cycle(optimizer: Any) -> OneCycleLR:
+        return OneCycleLR(optimizer, 0.1, total_steps=steps + 1, pct_start=0.2)
+
+    module = ImageClassifier(
+        name,
+        in_channels=1,
+        network_args=arguments,
+        optimizer=lambda p: SGD(p, lr=0.1 if base else 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        lr_scheduler=one_cycle if base else falling,
+        lr_scheduler_interval="step",
+    )
+    return module.to(memory_format=torch.channels_last)
+
+
+def fit(module: ImageClassifier, data: LightningDataModule, epochs: int, prune: Any = None) -> dict[str, float]:
+    """Trains, tests, and says what it took."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=[prune] if prune else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+    started = time.process_time()
+    trainer.fit(module, datamodule=data)
+    seconds = time.process_time() - started
+    result = trainer.test(module, datamodule=data, verbose=False)[0]
+    cost = count_cost(module, torch.zeros(1, 1, 28, 28).contiguous(memory_format=torch.channels_last))
+    return {
+        "test_acc": round(100 * result["test_acc"], 2),
+        "test_loss": round(result["test_loss"], 4),
+        "macs": cost.macs,
+        "parameters": cost.parameters,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def new_weights(module: nn.Module) -> None:
+    """The initialisation of torch's own layers, in the shapes that they have."""
+    for layer in module.modules():
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+
+
+class Study:
+    """The runs of one network and one seed, and what they share."""
+
+    def __init__(self, network: str, seed: int, data: LightningDataModule, args: argparse.Namespace) -> None:
+        self.network, self.seed, self.data, self.args = network, seed, data, args
+        self.steps_per_epoch = len(data.train_dataloader())
+        images = len(data.train_dataloader().dataset)
+        self.stem = args.cache / f"{network}-{images}-{args.base_epochs}-seed{seed}"
+
+    def base(self) -> tuple[ImageClassifier, float]:
+        """The base network, from the cache if it is there, and its test accuracy."""
+        path = self.stem.with_suffix(".pt")
+        steps = self.args.epochs * self.steps_per_epoch
+        if not path.exists():
+            seed_everything(self.seed, verbose=False)
+            trained = classifier(self.network, self.args.base_epochs * self.steps_per_epoch, base=True)
+            result = fit(trained, self.data, self.args.base_epochs)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"weights": trained.state_dict(), "test_acc": result["test_acc"]}, path)
+        saved = torch.load(path, weights_only=True)
+        module = classifier(self.network, steps, base=False)
+        module.load_state_dict(saved["weights"])
+        return module, saved["test_acc"]
+
+    def run(self, arm: str) -> dict[str, float]:
+        """One row of the table."""
+        module, accuracy = self.base()
+        seed_everything(1000 + self.seed, verbose=False)
+        shapes = self.stem.with_suffix(".l1.pt")
+        if arm == "scratch":
+            if not shapes.exists():
+                raise SystemExit("scratch takes the shapes of the arm l1: run that first.")
+            total = self.args.base_epochs + self.args.epochs
+            module = classifier(self.network, total * self.steps_per_epoch, base=True)
+            resize_to(module, torch.load(shapes, weights_only=True))
+            new_weights(module)
+            return {"base_acc": accuracy} | fit(module, self.data, total)
+        if arm == "unpruned":
+            return {"base_acc": accuracy} | fit(module, self.data, self.args.epochs)
+        arguments = {"target": {"macs": 0.5}} | (ARMS[arm] or {})
+        prune = FilterPruningCallback(steps=STEPS, start_epoch=1, module="network", **arguments)
+        result = fit(module, self.data, self.args.epochs, prune)
+        if arm == "l1":
+            torch.save(module.state_dict(), shapes)
+        return {"base_acc": accuracy} | result
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=8_000)
+    parser.add_argument("--base-epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="of the arms, the steps of pruning among them")
+    parser.add_argument("--out", type=Path, default=here / "accuracy.csv")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lightning_tips_pruning")
+    parser.add_argument("--smoke", action="store_true", help="digits, two epochs")
+    args = parser.parse_args(argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    if args.smoke:
+        args.base_epochs, args.epochs = 1, STEPS + 1
+        data: Any = DigitsDataModule(batch_size=128)
+    else:
+        data = FashionMNISTDataModule(batch_size=128, train_size=args.images)
+    data.prepare_data()
+    data.setup("fit")
+
+    rows: list[dict[str, Any]] = []
+    if args.out.exists():
+        with args.out.open() as file:
+            rows = list(csv.DictReader(file))
+    done = {(row["network"], row["arm"], int(row["seed"])) for row in rows}
+    for seed in args.seeds:
+        for network in args.networks:
+            for arm in [a for a in args.arms if (network, a, seed) not in done]:
+                key = {"network": network, "arm": arm, "seed": seed, "images": args.images}
+                study = Study(network, seed, data, args)
+                row = key | {"base_epochs": args.base_epochs, "epochs": args.epochs} | study.run(arm)
+                row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+                rows.append(row)
+                new = not args.out.exists()
+                with args.out.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    if new:
+                        writer.writeheader()
+                    writer.writerow(row)
+                print({k: row[k] for k in COLUMNS[:-1]}, flush=True)
+    show(rows)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Accuracy less that of the base network, seed by seed; mean and spread."""
+    for network in NETWORKS:
+        for arm in ARMS:
+            chosen = [r for r in rows if (r["network"], r["arm"]) == (network, arm)]
+            if chosen:
+                gains = [float(r["test_acc"]) - float(r["base_acc"]) for r in chosen]
+                spread = statistics.stdev(gains) if len(gains) > 1 else float("nan")
+                accuracy = statistics.fmean(float(r["test_acc"]) for r in chosen)
+                print(
+                    f"{network:10} {arm:18} {accuracy:6.2f}  {statistics.fmean(gains):+5.2f} to the base"
+                    f" (sd {spread:.2f}, {len(gains)} seeds), {float(chosen[0]['macs']) / 1e6:.1f}M MACs"
+                )
+
+
+if __name__ == "__main__":
+    main()

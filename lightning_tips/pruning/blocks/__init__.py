@@ -1,0 +1,1 @@
+"""A network without some of its residual blocks: found, ranked, taken out in place."""

@@ -1,0 +1,141 @@
+"""What can be wrong with pruning, said before the first step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import LBFGS
+
+from lightning_tips.core import TipCallback, did_you_mean, require_strategy
+from lightning_tips.core.lightning_private import starts_processes
+from lightning_tips.pruning.filters.prune import plan_filters
+from lightning_tips.pruning.fit.schedule import Schedule
+
+GIVEN = {
+    *("model", "example_inputs", "criterion", "target", "filters", "scope", "round_to", "batches", "forward", "loss"),
+    *("score_forward", "reduce", "reference", "channels"),
+}
+CRITERIA = (
+    "l1",
+    "l2",
+    "mean_activation",
+    "apoz",
+    "taylor",
+    "bn_scale",
+    "geometric_median",
+    "random",
+)
+TARGETS = ("macs", "params", "filters", "latency")
+
+
+def check_target(target: Mapping[str, float]) -> dict[str, float]:
+    """The target as plain numbers.
+
+    Raises:
+        ValueError: For an unknown kind, a share that is none, or a latency that is no share.
+    """
+    if not target:
+        raise ValueError("target is empty; it is, for example, {'macs': 0.5}.")
+    for name, value in target.items():
+        if name not in TARGETS:
+            raise ValueError(f"target has no {name!r}. {did_you_mean(str(name), TARGETS)}")
+        if not (math.isfinite(value) and value > 0) or value == 1:
+            raise ValueError(f"target[{name!r}]={value!r} must be a share in (0, 1) or, above 1, a number.")
+        if name == "latency" and value >= 1:
+            raise ValueError(f"target['latency']={value!r} must be a share in (0, 1) of the unpruned network's.")
+    return {name: float(value) for name, value in target.items()}
+
+
+def check_arguments(**numbers: Any) -> None:
+    """Raises ValueError for arguments of the callback that make no sense."""
+    drop, on_drop, mode = numbers["max_drop"], numbers["on_drop"], numbers["mode"]
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode={mode!r} must be 'min' or 'max'.")
+    if on_drop not in ("stop", "smaller"):
+        raise ValueError(f"on_drop={on_drop!r} must be 'stop' or 'smaller'.")
+    if drop is not None and not (math.isfinite(drop) and drop >= 0):
+        raise ValueError(f"max_drop={drop!r} must be 0 or more, in units of the metric.")
+    if not (math.isfinite(numbers["distill"]) and numbers["distill"] >= 0):
+        raise ValueError(f"distill={numbers['distill']!r} must be 0 or more.")
+    if not (math.isfinite(numbers["temperature"]) and numbers["temperature"] > 0):
+        raise ValueError(f"temperature={numbers['temperature']!r} must be above 0.")
+    if numbers["samples"] < 2:
+        raise ValueError(f"samples={numbers['samples']!r} must be 2 or more.")
+
+
+def check_filters(filters_per_step: int | float | None) -> None:
+    """Raises ValueError unless it is a count, a share below 1, or nothing."""
+    if filters_per_step is None:
+        return
+    count = isinstance(filters_per_step, int) and filters_per_step >= 1
+    share = isinstance(filters_per_step, float) and 0 < filters_per_step < 1
+    if isinstance(filters_per_step, bool) or not (count or share):
+        raise ValueError(f"filters_per_step={filters_per_step!r} must be a count of 1 or more, or a share below 1.")
+
+
+def check_criterion(criterion: Any) -> None:
+    """Raises ValueError for a criterion that nobody knows."""
+    if not callable(criterion) and criterion not in CRITERIA:
+        raise ValueError(f"criterion={criterion!r} is unknown. {did_you_mean(str(criterion), CRITERIA)}")
+
+
+def check_plan(plan: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments of ``plan_filters`` that it does not have, or that the callback gives itself."""
+    known = set(inspect.signature(plan_filters).parameters) - GIVEN
+    for name in plan:
+        if name not in known:
+            raise ValueError(f"plan has no {name!r}, or the callback sets it. {did_you_mean(str(name), known)}")
+
+
+def conflict(other: object) -> str | None:
+    """Why pruning cannot go on beside another callback, or ``None``."""
+    if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+        return (
+            "it keeps a copy of the weights in the shapes that they had at the start. Prune first, and average the"
+            " weights in a run that goes on from the pruned checkpoint (load_pruned)."
+        )
+    if isinstance(other, ModelPruning):
+        return "it masks single weights of tensors that change their shape. Take one of them."
+    if isinstance(other, TipCallback) and (reason := other.keeps_shapes()):
+        return f"{reason}, and these change. Run one after the other: the second one goes on from load_pruned."
+    return None
+
+
+def check_run(trainer: pl.Trainer, tip: object) -> None:
+    """Raises for a strategy under which a network cannot change its shape."""
+    require_strategy(trainer, tip, SingleDeviceStrategy, DDPStrategy)
+    if starts_processes(trainer.strategy):
+        raise MisconfigurationException(
+            f"{type(tip).__name__} does not work with processes that the Trainer spawns or forks: Lightning brings"
+            " their weights back into a network of the old shape. Use strategy='ddp'."
+        )
+
+
+def check_optimizers(trainer: pl.Trainer, tip: object) -> None:
+    """Raises for an optimizer whose state has nothing to do with the shapes of single parameters."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                f"{type(tip).__name__} does not work with {type(optimizer).__name__}, which keeps its history for all"
+                " parameters together, so that it cannot be cut with them. Use SGD, Adam, AdamW, RMSprop, ..."
+            )
+
+
+def warn_if_never(trainer: pl.Trainer, schedule: Schedule, next_epoch: int) -> None:
+    """Warns when the run ends before the last step, and its fine-tuning."""
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 0 or getattr(trainer, "fast_dev_run", False) or next_epoch > schedule.last_epoch:
+        return
+    if schedule.last_epoch >= epochs:
+        rank_zero_warn(
+            f"The target is not reached: the last pruning step is due in epoch {schedule.last_epoch}, and the run ends"
+            f" after {epochs}. Take fewer steps, a smaller every_n_epochs, or train for longer."
+        )
