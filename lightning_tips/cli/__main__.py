@@ -1,0 +1,7 @@
+"""For ``python -m lightning_tips.cli``."""
+
+import sys
+
+from lightning_tips.cli import main
+
+sys.exit(main())
