@@ -13,6 +13,8 @@ ALLOWED = [
     (r"[\s\S]*was deprecated in v4\.[\s\S]*", "DeprecationWarning"),
     (r"\s*By default only one JsonargparseDeprecationWarning", "DeprecationWarning"),
     (r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*", "DeprecationWarning"),
+    # Python 3.12 and later: how a DataLoader starts its workers
+    (r"This process .* is multi-threaded, use of fork", "DeprecationWarning"),
 ]
 
 

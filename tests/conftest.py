@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,19 @@ def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     before = dict(os.environ)
     yield
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish()  # the next test's logger would go on in this run
+    if "wandb" in sys.modules:
+        if sys.modules["wandb"].run is not None:
+            sys.modules["wandb"].finish()  # the next test's logger would go on in this run
+        sys.modules["wandb"].teardown()  # it remembers in which folder it was first used
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def timm_weights(tmp_path: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A timm network, and the arguments that make timm find its weights on disk rather than download them."""
+    import timm
+
+    source = timm.create_model("mobilenetv3_small_050")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    return source, {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}

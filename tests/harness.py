@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 STEPS_A_EPOCH = 4
+EPOCHS = 6
 
 
 class PlainModule(LightningModule):
@@ -51,6 +52,30 @@ class PlainModule(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)]
 
 
+class ResidualBlock(nn.Module):
+    """As anybody would write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class ResidualModule(PlainModule):
+    """With residual blocks: a stem and four of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), *(ResidualBlock(12) for _ in range(4))
+        )
+
+
 class UnevenModule(PlainModule):
     """Logs without ``sync_dist``, so each rank has a validation loss of its own: rank 0's stalls, rank 1's falls."""
 
@@ -77,6 +102,26 @@ class BranchingModule(PlainModule):
         images, labels = batch
         head = self.second_head if batch_idx % 2 else self.head
         return F.cross_entropy(head(self.features(images).mean((2, 3))), labels)
+
+
+class ByHandModule(PlainModule):
+    """Steps two optimizers by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, rest = [*self.features[0].parameters()], [*self.features[1:].parameters(), *self.head.parameters()]
+        return torch.optim.SGD(first, lr=0.05, momentum=0.9), torch.optim.Adam(rest, lr=1e-3)
 
 
 class ShardedModule(PlainModule):
@@ -172,13 +217,25 @@ class LoaderData(PlainData):
         keep = torch.cat([(self.labels[:1600] == c).nonzero()[:, 0][: 80 if c < 5 else 8 + c] for c in range(10)])
         self.train = torch.utils.data.TensorDataset(self.images[keep], self.labels[keep])
 
+    def unlabelled_dataset(self) -> Any:
+        """Some that are not trained on."""
+        return torch.utils.data.TensorDataset(self.images[1500:1564], self.labels[1500:1564])
+
+    def old_dataset(self) -> Any:
+        """What an older model was trained on."""
+        return torch.utils.data.TensorDataset(self.images[1400:1464], self.labels[1400:1464])
+
+    def old_val_dataset(self) -> Any:
+        """What it was validated on."""
+        return torch.utils.data.TensorDataset(self.images[1464:1500], self.labels[1464:1500])
+
     def train_dataloader(self) -> Any:
         workers = {"num_workers": self.num_workers, "persistent_workers": False}
         return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True, **workers)
 
 
 def build(
-    *parts: Any, folder: Path, max_epochs: int = 6, module: LightningModule | None = None, **trainer: Any
+    *parts: Any, folder: Path, max_epochs: int = EPOCHS, module: LightningModule | None = None, **trainer: Any
 ) -> tuple[Trainer, LightningModule]:
     """A trainer and a module, seeded, quiet, on CPU. Of ``parts``, callbacks go to the trainer; a module is it."""
     seed_everything(0, verbose=False)

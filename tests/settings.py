@@ -1,4 +1,4 @@
-"""The settings table: one row a tip. `test_every_tip.py` drives each row through everything that holds for all tips.
+"""The settings table: one row a tip. `test_every_tip*.py` drive each row through everything that holds for all tips.
 
 A tip that is missing here breaks the collection of the tests.
 """
@@ -13,7 +13,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 import lightning_tips
-from lightning_tips.core import TipCallback, TipMixin
+from lightning_tips.core import RemovedBlock, TipCallback, TipMixin
+from lightning_tips.data import nested_subset
 
 import harness
 
@@ -156,11 +157,6 @@ def weighted_the_loss(trainer: Trainer, tip: Any) -> None:
     assert tip.trained_prior.max() - tip.trained_prior.min() < 1e-6
 
 
-def augmented_all(trainer: Trainer, tip: Any) -> None:
-    assert [(event.what, event.step) for event in tip.events] == [("augments all classes alike", 0)]
-    assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
-
-
 def thawed_step_by_step(trainer: Trainer, tip: Any) -> None:
     assert [(event.epoch, event.what.split(":")[0]) for event in tip.events] == [
         (0, "head"),
@@ -179,6 +175,62 @@ def augmented_each_sample(trainer: Trainer, tip: Any) -> None:
     assert trainer.strategy.training_step.__self__ is trainer.strategy  # the step is as it was
 
 
+def halved_the_operations(trainer: Trainer, tip: Any) -> None:
+    assert [event.epoch for event in tip.events] == [1, 2]
+    shares = [event.details["macs"] for event in tip.events]
+    assert shares[0] > shares[1]
+    assert 0.4 < shares[1] <= 0.6
+    module = trainer.lightning_module
+    assert module.features[0].weight.shape[0] == module.features[0].out_channels < 8
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    assert not module._load_state_dict_pre_hooks
+
+
+def took_blocks_out(trainer: Trainer, tip: Any) -> None:
+    assert [event.epoch for event in tip.events] == [1, 3]
+    assert tip.events[1].details["macs"] <= 0.55 < tip.events[0].details["macs"] < 1
+    module = trainer.lightning_module
+    assert len(tip.removed) == 2
+    assert all(isinstance(module.get_submodule(name), RemovedBlock) for name in tip.removed)
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    assert not module._load_state_dict_pre_hooks
+
+
+def members_trained_and_voted(trainer: Trainer, tip: Any) -> None:
+    ensemble = trainer.lightning_module
+    assert [event.what for event in tip.events][:1] == ["3 members train together"]
+    assert tip.events[-1].what == "weights of the vote"
+    assert len(trainer.optimizers) == 3
+    assert ensemble.is_fitted
+    assert float(ensemble.vote_temperature) != 1.0
+    assert len({member.head.bias[0].item() for member in ensemble.members}) == 3
+
+
+def trained_on_a_part(trainer: Trainer, tip: Any) -> None:
+    (part,) = tip.chosen
+    labels = part.dataset.tensors[1]
+    assert part.indices == nested_subset(labels, 128, 3).tolist()
+    assert trainer.train_dataloader.dataset is part
+    assert [event.details for event in tip.events] == [{"samples": 128, "of": len(labels)}]
+
+
+def mixed_pseudo_labels_in(trainer: Trainer, tip: Any) -> None:
+    rounds = [event for event in tip.events if event.what.startswith("pseudo-labels, round")]
+    assert [event.epoch for event in rounds][:2] == [2, 4]
+    assert all(event.details["accepted"] > 0 for event in rounds)
+    assert 0 < rounds[0].details["share"] <= 0.25
+
+
+def replayed_old_samples(trainer: Trainer, tip: Any) -> None:
+    assert [event.what for event in tip.events][:2] == ["old samples are replayed", "before -> after"]
+    assert "->" in tip.events[1].details["old val_acc"]
+    new = len(trainer.train_dataloader.dataset) - 64
+    assert sum(index >= new for index in tip.sampler) == len(tip.sampler) // 4
+    assert tip.after["old"]["val_loss"] < tip.before["old"]["val_loss"]
+
+
 SETTINGS = [
     Setting(
         lightning_tips.BatchAugmentationCallback,
@@ -186,16 +238,21 @@ SETTINGS = [
         {"policy": "standard", "last_epochs_off": 1},
     ),
     Setting(
-        lightning_tips.ClassAugmentationCallback,
-        augmented_all,
-        {"augment": {"class_path": "torchvision.transforms.v2.RandomErasing", "init_args": {"p": 0.8}}},
-    ),
-    Setting(
         lightning_tips.ClassWeightCallback,
         weighted_the_loss,
         {"weights": "auto", "functional": True, "start_epoch": 1},
         second={"start_epoch": 2},
         warns=".*both balance the classes",
+    ),
+    Setting(
+        lightning_tips.EnsembleModule,
+        members_trained_and_voted,
+        {"member": {"class_path": "harness.PlainModule"}, "n": 3, "weights": "fit"},
+    ),
+    Setting(
+        lightning_tips.FilterPruningCallback,
+        halved_the_operations,
+        {"target": {"macs": 0.6}, "schedule": "linear", "steps": 2, "start_epoch": 1, "samples": 64},
     ),
     Setting(
         lightning_tips.ImbalancedSamplerCallback,
@@ -210,6 +267,12 @@ SETTINGS = [
         data="LoaderData",
     ),
     Setting(
+        lightning_tips.LayerPruningCallback,
+        took_blocks_out,
+        {"target": {"macs": 0.55}, "steps": 2, "start_epoch": 1, "every_n_epochs": 2, "samples": 64},
+        module="ResidualModule",
+    ),
+    Setting(
         lightning_tips.OptimizerSwitchCallback,
         switched_to_sgd,
         {
@@ -218,6 +281,58 @@ SETTINGS = [
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
         },
         second={"at": 4},
+    ),
+    Setting(
+        lightning_tips.SubsetCallback,
+        trained_on_a_part,
+        {"size": 128, "seed": 3},
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.SubsetMixin,
+        trained_on_a_part,
+        {"subset_size": 128, "subset_seed": 3},
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.PseudoLabelCallback,
+        mixed_pseudo_labels_in,
+        {
+            "start_epoch": 2,
+            "every_n_epochs": 2,
+            "share": 0.25,
+            "threshold": 0.0,
+            "top_share": 0.5,
+            "align": True,
+            "epoch_size": 128,
+            "max_drop": 1.0,
+        },
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.PseudoLabelMixin,
+        mixed_pseudo_labels_in,
+        {
+            "pseudo_start_epoch": 2,
+            "pseudo_every_n_epochs": 2,
+            "pseudo_share": 0.25,
+            "pseudo_threshold": 0.0,
+            "pseudo_max_drop": 1.0,
+            "pseudo_options": {"epoch_size": 128, "top_share": 0.5, "align": True},
+        },
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.ReplayCallback,
+        replayed_old_samples,
+        {"share": 0.25, "epoch_size": 128},
+        data="LoaderData",
+    ),
+    Setting(
+        lightning_tips.ReplayMixin,
+        replayed_old_samples,
+        {"replay_share": 0.25, "replay_options": {"epoch_size": 128}},
+        data="LoaderData",
     ),
     Setting(
         lightning_tips.TransferLearningCallback,

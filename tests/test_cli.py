@@ -1,6 +1,7 @@
 """The command `lightning-tips`: what a user types, and what comes back."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 
-from lightning_tips.cli import main
+from lightning_tips import RunReportCallback
+from lightning_tips.cli import BuildCLI, main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICK = [
@@ -59,6 +62,38 @@ def test_every_config_is_valid(run) -> None:
     for config in CONFIGS.glob("*.yaml"):
         code, printed = run("fit", f"--config={config}", "--print_config")
         assert code == 0, f"{config}: {printed}"
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_all_that_a_config_names_is_built(config: Path, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--config={config}", "--trainer.accelerator=cpu"]
+    if config.stem == "transfer":
+        arguments.append("--model.pretrained=false")
+    monkeypatch.setattr(sys, "argv", ["lightning-tips", *arguments])
+    built = BuildCLI(run=False, save_config_callback=None)
+    assert isinstance(built.datamodule, LightningDataModule)
+    assert sum(isinstance(c, RunReportCallback) for c in built.trainer.callbacks) == 1
+
+
+def test_a_run_report_of_the_yaml_takes_the_place_of_ours(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--config={CONFIGS / 'quickstart.yaml'}", "--trainer.accelerator=cpu"]
+    arguments += ["--trainer.callbacks+=RunReportCallback", "--trainer.callbacks.plot=false"]
+    monkeypatch.setattr(sys, "argv", ["lightning-tips", *arguments])
+    built = BuildCLI(run=False, save_config_callback=None)
+    (report,) = [c for c in built.trainer.callbacks if isinstance(c, RunReportCallback)]
+    assert not report.plot
+
+
+@pytest.mark.filterwarnings("ignore:The phase 'top' never begins", "ignore:.*does not have many workers")
+def test_transfer_config_runs_without_weights(run, tmp_path: Path) -> None:
+    small = ["--data=DigitsDataModule", "--model.pretrained=false", "--trainer.logger=false", "--data.batch_size=8"]
+    small += ["--trainer.limit_train_batches=2", "--trainer.num_sanity_val_steps=0"]
+    code, printed = run("fit", f"--config={CONFIGS / 'transfer.yaml'}", *QUICK, *small)
+    assert code == 0, printed
+    assert "[transfer] epoch 0, step 0: head: head train (trainable 12810" in printed
+    assert re.search(r"kept \d+ samples' features", printed)
 
 
 @short

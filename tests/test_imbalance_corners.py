@@ -11,7 +11,6 @@ from test_sampler_callback import DATA, Diary, Loaders, classes_of, loader
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
 
 from lightning_tips import ClassReportCallback, ImbalancedSamplerCallback
-from lightning_tips.imbalance import augment_samples
 
 from harness import build, every_step, fit
 
@@ -61,11 +60,6 @@ def test_batch_samplers_are_refused(tmp_path: Path) -> None:
     data = Loaders(lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, False)))
     with pytest.raises(MisconfigurationException, match="made with batch_sampler"):
         fit(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), data=data)
-
-
-def test_augmentation_that_changes_the_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="must keep the dtype"):
-        augment_samples(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), lambda image: image / 255, torch.arange(2))
 
 
 def test_ignored_targets_change_nothing(tmp_path: Path) -> None:

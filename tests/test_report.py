@@ -16,8 +16,10 @@ from matplotlib.image import imread
 from test_optimizer_switch import Gan, Scripted, sgd
 from torch.optim.lr_scheduler import ConstantLR
 
+from lightning_tips import BatchAugmentationCallback, RunReportCallback
 from lightning_tips import OptimizerSwitchCallback as Switch
-from lightning_tips import RunReportCallback
+from lightning_tips.core.events import Event
+from lightning_tips.core.plot import plot_run
 
 from harness import PlainData, assert_same, build, every_epoch, fit
 
@@ -108,7 +110,8 @@ def test_events_in_tensorboard(tmp_path):
 def test_events_in_wandb(module, tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     logger.experiment  # noqa: B018  makes the run
-    fit(switch(), RunReportCallback(), folder=tmp_path, logger=logger, log_every_n_steps=1, module=module())
+    tips = [switch(), BatchAugmentationCallback("light"), RunReportCallback()]
+    fit(*tips, folder=tmp_path, logger=logger, log_every_n_steps=1, module=module())
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = whole_history(file)
@@ -120,6 +123,10 @@ def test_events_in_wandb(module, tmp_path):
     assert steps[-1] >= 23
     assert len([row for row in rows if "tips/events" in row or "tips/events/_type" in row]) == 1
     assert any(key.startswith("tips/run") for row in rows for key in row)
+    (sheet,) = [row for row in rows if any(key.startswith("tips/augmentation/preview") for key in row)]
+    assert sheet["trainer/global_step"] == 0  # before the first step
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/tips/augmentation/preview*.png")
+    assert imread(picture)[..., :3].std() > 0.05, "an empty picture"
 
 
 def test_report_leaves_a_plot_the_metrics_and_the_events(tmp_path, capsys):
@@ -193,3 +200,13 @@ def test_two_wandb_runs_have_a_folder_each(tmp_path):
         fit(RunReportCallback(), switch(at=1), folder=tmp_path, logger=logger)
         wandb.finish()
     assert len(list(tmp_path.glob("shared/*/tips/run.png"))) == 2
+
+
+def test_many_events_are_listed_below_the_plot(tmp_path: Path) -> None:
+    rows = [{"epoch": float(e), "step": 4.0 * (e + 1), "val_loss": 1 / (e + 1)} for e in range(6)]
+    few = [Event("optimizer", "Adam -> SGD", 8, 2, {})]
+    many = [Event("pruning", f"{n} filters taken out", 4 * (n // 2), n // 2, {}) for n in range(8)]
+    for name, events in (("few", few), ("many", many)):
+        plot_run(rows, events, tmp_path / f"{name}.png")
+    heights = [imread(tmp_path / f"{name}.png").shape[0] for name in ("few", "many")]
+    assert heights[1] > heights[0] + 80  # four lines of text

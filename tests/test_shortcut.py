@@ -1,4 +1,4 @@
-"""Augmentation by class, and the probe for what goes wrong when it is of the rare class only."""
+"""The probe for what goes wrong when augmentation is of the rare class only."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.transforms import v2
 
-from lightning_tips import ClassAugmentationCallback, ImbalancedSamplerCallback
+from lightning_tips import BatchAugmentationCallback, ImbalancedSamplerCallback
+from lightning_tips.augmentation import Shortcut, minority_classes, shortcut_probe
 from lightning_tips.core import replace_inputs
-from lightning_tips.imbalance import Shortcut, augment_samples, minority_classes, shortcut_probe
 
-from harness import PlainModule, fit
+from harness import PlainModule, build, fit
 
 
 class Spotted(LightningDataModule):
@@ -44,79 +43,92 @@ def darker(image: Tensor) -> Tensor:
     return image * 0.3
 
 
-@pytest.mark.parametrize("classes", ["rare", "all"])
-def test_literal_advice_is_caught_and_the_safe_way_is_not(classes, tmp_path: Path) -> None:
-    tip = ClassAugmentationCallback(darker, classes=classes)
+RANGE = (0.0, 1.2)
+
+
+def tip_for(only: Any, **more: Any) -> BatchAugmentationCallback:
+    return BatchAugmentationCallback([darker], only_classes=only, value_range=RANGE, preview=False, **more)
+
+
+@pytest.mark.parametrize("only", ["minority", None])
+def test_literal_advice_is_caught_and_the_safe_way_is_not(only, tmp_path: Path) -> None:
+    tip = tip_for(only)
     run = {"folder": tmp_path, "data": Spotted(), "module": PlainModule(scheduler=False), "max_epochs": 12}
     sampler = ImbalancedSamplerCallback(show=False)
-    if classes == "all":
+    if only is None:
         fit(tip, sampler, **run)
         assert tip.shortcut is None
-        found = shortcut_probe(run["module"].eval(), *Spotted().sets[1].tensors, darker, [1])
+        images, targets = Spotted().sets[1].tensors
+        found = shortcut_probe(run["module"].eval(), images, targets, [darker], [1], value_range=RANGE)
+        assert found.total == 288
         assert not found.suspicious
         return
     with pytest.warns(UserWarning, match="learnt that what looks augmented"):
         fit(tip, sampler, **run)
     assert tip.shortcut.suspicious
     assert tip.shortcut.total == 288
-    assert [event.what for event in tip.events] == ["augments classes 1 only", "shortcut suspected"]
+    assert [event.what for event in tip.events] == ["function, classes 1 only", "shortcut suspected"]
 
 
-def test_only_chosen_classes_of_the_training_batches_are_changed(tmp_path: Path) -> None:
-    seen: dict[str, list] = {"train": [], "val": []}
-
-    class Watches(PlainModule):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            seen["train"].append(batch)
-            return super().training_step(batch, batch_idx)
+@pytest.mark.parametrize("error", [IndexError, RuntimeError])
+def test_a_forward_of_another_kind_does_not_end_the_run(error, tmp_path: Path) -> None:
+    class Another(PlainModule):
+        def forward(self, images: Tensor) -> Tensor:
+            if not self.training:  # which it does not call in its own validation
+                raise error("not with images alone")
+            return super().forward(images)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            seen["val"].append(batch)
-            super().validation_step(batch, batch_idx)
+            pass
 
-    fit(ClassAugmentationCallback(nn.Identity(), [1]), folder=tmp_path, data=Spotted(), module=Watches(), max_epochs=1)
-    for images, _ in seen["train"]:
-        assert images.amax() <= 1.2
-    seen["train"].clear()
-    fit(
-        ClassAugmentationCallback(lambda i: i + 9, [1]), folder=tmp_path, data=Spotted(), module=Watches(), max_epochs=1
-    )
-    for images, labels in seen["train"]:
-        assert torch.equal(images.amin((1, 2, 3)) > 8, labels == 1)
-    for images, _ in seen["val"]:
-        assert images.amax() <= 1.2
+    with pytest.warns(UserWarning, match="cannot be probed.*: not with images alone"):
+        trainer, _ = fit_with(tip_for([1]), tmp_path, Another())
+    assert trainer.global_step == 20
 
 
-def test_each_sample_has_its_own_random_numbers_by_its_seed() -> None:
-    images, seeds = torch.rand(1, 3, 8, 8).repeat(64, 1, 1, 1), torch.arange(64)
-    augment = v2.ColorJitter(0.5, 0.5)
-    before = torch.get_rng_state()
-    augmented = augment_samples(images, augment, seeds)
-    assert torch.equal(before, torch.get_rng_state())
-    assert len(augmented.flatten(1).unique(dim=0)) == 64
-    assert torch.equal(augment_samples(images[5:9], augment, seeds[5:9]), augmented[5:9])
-    chosen = seeds % 2 == 0
-    some = augment_samples(images, augment, seeds, chosen)
-    assert torch.equal(some[~chosen], images[~chosen])
-    assert torch.equal(some[chosen], augmented[chosen])
+def test_a_module_that_cannot_be_probed_is_trained_all_the_same(tmp_path: Path) -> None:
+    class Around(PlainModule):
+        """Its forward returns no logits."""
+
+        def forward(self, images: Tensor) -> Any:
+            return {"logits": super().forward(images)}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0])["logits"], batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    tip = tip_for([1])
+    with pytest.warns(UserWarning, match=r"cannot be probed.*does not return logits") as told:
+        trainer, _ = fit_with(tip, tmp_path, Around())
+    assert trainer.global_step == 20
+    assert sum("cannot be probed" in str(one.message) for one in told) == 1
+    assert tip.shortcut == Shortcut(0, 0, 0)
 
 
-def test_what_cannot_be_augmented_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must keep the shape"):
-        augment_samples(torch.rand(2, 3, 8, 8), v2.CenterCrop(4), torch.arange(2))
-    with pytest.raises(ValueError, match="1 seeds for 2 images"):
-        augment_samples(torch.rand(2, 3, 8, 8), nn.Identity(), torch.arange(1))
-    with pytest.raises(ValueError, match="must be 'all', 'rare' or a list"):
-        ClassAugmentationCallback(nn.Identity(), "minority")
-    with pytest.raises(MisconfigurationException, match=r"classes \[2\], but there are only 0 to 1"):
-        fit(ClassAugmentationCallback(nn.Identity(), [2]), folder=tmp_path, data=Spotted())
+def fit_with(tip: BatchAugmentationCallback, folder: Path, module: PlainModule) -> Any:
+    trainer, module = build(tip, folder=folder, module=module, max_epochs=2)
+    trainer.fit(module, datamodule=Spotted())
+    return trainer, module
 
-    class Vectors(Spotted):
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(TensorDataset(torch.zeros(32, 4), torch.zeros(32).long()), 32)
 
-    with pytest.raises(MisconfigurationException, match=r"the inputs are \(32, 4\)"):
-        fit(ClassAugmentationCallback(nn.Identity()), folder=tmp_path, data=Vectors())
+def test_probe_knows_several_kinds_of_targets_and_outputs() -> None:
+    """A network that calls everything dark the class 1."""
+    images = torch.full((40, 1, 4, 4), 0.8)
+    images[:10] = 0.1
+    score = lambda x: (0.5 - x.mean((1, 2, 3))) * 10  # noqa: E731
+    labels = torch.tensor([1] * 10 + [0] * 30)
+    models = {
+        "two logits": (lambda x: torch.stack([-score(x), score(x)], 1), labels),
+        "one logit": (score, labels.float()),
+        "one logit in a row": (lambda x: score(x)[:, None], labels[:, None]),
+        "several labels": (lambda x: torch.stack([score(x) * 0 - 1, score(x)], 1), F.one_hot(labels, 2)),
+    }
+    for name, (model, targets) in models.items():
+        found = shortcut_probe(model, images, targets, [darker], [1])
+        assert (found.clean, found.augmented, found.total) == (0, 30, 30), name
+    assert shortcut_probe(score, images[:10], labels[:10], [darker], [1]) == Shortcut(0, 0, 0)
 
 
 def test_minority_and_suspicion() -> None:
@@ -139,3 +151,12 @@ def test_inputs_are_replaced_in_any_batch() -> None:
     assert replace_inputs({"scan": 1}, 9, "scan") == {"scan": 9}
     with pytest.raises(KeyError, match="input_key"):
         replace_inputs({"scan": 1}, 9)
+    nested = {"views": {"image": 1, "mask": 2}, "label": (3, Pair(4, 5))}
+    assert replace_inputs(nested, 9, "views.image") == {"views": {"image": 9, "mask": 2}, "label": (3, Pair(4, 5))}
+    assert replace_inputs(nested, 9, "label.1.1")["label"] == (3, Pair(4, 9))
+    assert nested["views"]["image"] == 1
+    assert nested["label"][1] == Pair(4, 5)
+    assert replace_inputs({"a.b": 1}, 9, "a.b") == {"a.b": 9}  # a key with a dot of its own
+    for way in ("views.scan", "views.image.x", "label.7", "nothing.1"):
+        with pytest.raises(KeyError, match="leads nowhere"):
+            replace_inputs(nested, 9, way)

@@ -1,0 +1,109 @@
+"""Processes that train: to be killed, or the ranks of one run.
+
+They are forks of one process that has imported everything, which takes far longer than such a run. That process has
+trained nothing, so they start as clean as a script does.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["allowed_warnings", "harness", "settings", "worker", "lightning_tips.cli.run"])
+
+_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+
+
+class Run(NamedTuple):
+    """A process and the folder where it leaves `rank-<n>.json` and what it prints."""
+
+    process: BaseProcess
+    folder: Path
+
+    @property
+    def printed(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("printed-*.txt")))
+
+
+def start(
+    folder: Path, tips: list[Any], arguments: dict[str, Any], ckpt_path: Path | None = None, **environment: str
+) -> Run:
+    """Starts `worker.py` for one run; see there for the arguments."""
+    return _start(folder, _train, (folder, tips, arguments, ckpt_path), environment)
+
+
+def start_ranks(folder: Path, tips: list[Any], arguments: dict[str, Any], count: int = 2) -> list[Run]:
+    """Starts ``count`` ranks of one DDP run of `worker.py`."""
+    arguments = arguments | {"devices": count, "strategy": "ddp"}
+    return [start(folder, tips, arguments, **environment) for environment in _of_ranks(count)]
+
+
+def start_command(folder: Path, arguments: list[str], count: int = 2) -> list[Run]:
+    """Starts ``count`` ranks of ``lightning-tips`` with these arguments, which have to ask for as many devices."""
+    return [_start(folder, _command, (arguments,), environment) for environment in _of_ranks(count)]
+
+
+def _of_ranks(count: int) -> list[dict[str, str]]:
+    """What a launcher such as torchrun tells each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    return [where | {"LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _start(folder: Path, what: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    process = _server.Process(target=_enter, args=(folder, what, arguments, environment))
+    # The server is started with the first one; it looks for what to import in sys.path as Python makes it.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process.start()
+    return Run(process, folder)
+
+
+def finish(*runs: Run, timeout: float = 120) -> None:
+    """Waits for them; fails with what they printed if one did not end well."""
+    for run in runs:
+        run.process.join(timeout)
+    failed = [run for run in runs if run.process.exitcode != 0]
+    for run in runs:
+        if run.process.is_alive():
+            run.process.kill()
+    assert not failed, failed[0].printed[-6000:]
+
+
+def _enter(folder: Path, what: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    import allowed_warnings
+
+    with (folder / f"printed-{os.getpid()}.txt").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in _OF_RANKS:
+        os.environ.pop(name, None)
+    os.environ.update({"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"} | environment)
+    os.chdir(folder)
+    allowed_warnings.apply()
+    what(*arguments)
+
+
+def _train(folder: Path, tips: list[Any], arguments: dict[str, Any], ckpt_path: Path | None) -> None:
+    import worker
+
+    result = worker.run(folder, tips, arguments, ckpt_path)
+    (folder / f"rank-{result.pop('rank')}.json").write_text(json.dumps(result))
+
+
+def _command(arguments: list[str]) -> None:
+    from lightning_tips.cli import main
+
+    sys.argv = ["lightning-tips", *arguments]
+    if code := main():
+        sys.exit(code)

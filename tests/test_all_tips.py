@@ -1,0 +1,66 @@
+"""All tips in one run, as `configs/all_tips.yaml` has them: on two ranks, killed in the middle, resumed to the bit."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from harness import assert_same
+from processes import finish, start_command
+
+CONFIG = Path(__file__).parent.parent / "configs/all_tips.yaml"
+TIPS = {"data", "optimizer", "imbalance", "transfer", "augmentation", "pruning"}
+
+
+def small(folder: Path) -> dict[str, Any]:
+    """The yaml on digits, with the tips' epochs moved together."""
+    config = yaml.safe_load(CONFIG.read_text())
+    trainer = config["trainer"]
+    when = {
+        "BatchAugmentationCallback": {"last_epochs_off": 1},
+        "PseudoLabelCallback": {"start_epoch": 2, "every_n_epochs": 2, "threshold": 0.0, "top_share": 0.5},
+        "OptimizerSwitchCallback": {"at": 3},
+        "FilterPruningCallback": {"steps": 2, "start_epoch": 3, "every_n_epochs": 1},
+        "ModelCheckpoint": {"dirpath": str(folder / "kept"), "filename": "{epoch}", "save_top_k": -1},
+    }
+    for callback in trainer["callbacks"]:
+        callback["init_args"] |= when.get(callback["class_path"], {})
+    trainer |= {"max_epochs": 6, "logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+    trainer |= {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "limit_val_batches": 2}
+    config["data"] = {
+        "class_path": "DigitsDataModule",
+        "init_args": {"batch_size": 16, "train_size": 100, "unlabelled_size": 64},
+    }
+    return config
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_all_tips_on_two_ranks_killed_and_resumed(tmp_path: Path) -> None:
+    def command(name: str, *more: str) -> tuple[Path, list[str]]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "run.yaml").write_text(yaml.safe_dump(small(folder)))
+        return folder, ["fit", "--config", str(folder / "run.yaml"), *more]
+
+    whole = start_command(*command("whole"))
+    finish(*whole)
+    killed = start_command(*command("killed"))
+    kept, deadline = tmp_path / "killed/kept", time.monotonic() + 100
+    while len(list(kept.glob("*.ckpt"))) < 5 and killed[0].process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for run in killed:
+        run.process.kill()
+        run.process.join()
+    newest = sorted(kept.glob("*.ckpt"))[-2]  # the newest may have been cut off
+    finish(*start_command(*command("killed", f"--ckpt_path={newest}")))
+
+    ends = [torch.load(tmp_path / name / "kept/epoch=5.ckpt", weights_only=True) for name in ("whole", "killed")]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(ends[1][key], ends[0][key], key)
+    events = [[event for state in end["callbacks"].values() for event in state.get("events", [])] for end in ends]
+    assert events[0] == events[1]
+    assert {event["tip"] for event in events[0]} == TIPS
+    assert "SGD" in whole[0].printed
