@@ -2,8 +2,17 @@
 
 from lightning_tips.augmentation import BatchAugmentationCallback
 from lightning_tips.core import RunReportCallback
+from lightning_tips.data import (
+    PseudoLabelCallback,
+    PseudoLabelMixin,
+    ReplayCallback,
+    ReplayMixin,
+    SubsetCallback,
+    SubsetMixin,
+    fit_learning_curve,
+)
+from lightning_tips.ensemble import EnsembleModule
 from lightning_tips.imbalance import (
-    ClassAugmentationCallback,
     ClassReportCallback,
     ClassWeightCallback,
     ImbalancedSampler,
@@ -12,18 +21,30 @@ from lightning_tips.imbalance import (
     class_weights,
 )
 from lightning_tips.optimizer import OptimizerSwitchCallback
+from lightning_tips.pruning import FilterPruningCallback, LayerPruningCallback, load_pruned, prune_filters
 from lightning_tips.transfer import TransferLearningCallback
 
 __all__ = [
     "BatchAugmentationCallback",
-    "ClassAugmentationCallback",
     "ClassReportCallback",
     "ClassWeightCallback",
+    "EnsembleModule",
+    "FilterPruningCallback",
     "ImbalancedSampler",
     "ImbalancedSamplerCallback",
     "ImbalancedSamplerMixin",
+    "LayerPruningCallback",
     "OptimizerSwitchCallback",
+    "PseudoLabelCallback",
+    "PseudoLabelMixin",
+    "ReplayCallback",
+    "ReplayMixin",
     "RunReportCallback",
+    "SubsetCallback",
+    "SubsetMixin",
     "TransferLearningCallback",
     "class_weights",
+    "fit_learning_curve",
+    "load_pruned",
+    "prune_filters",
 ]

@@ -8,11 +8,12 @@ from lightning_tips.vision.datasets import (
     FashionMNISTDataModule,
     ImageFolderDataModule,
 )
-from lightning_tips.vision.networks import CifarResNet, Normalization, build_network, cifar_resnet
+from lightning_tips.vision.networks import CifarResNet, CifarVGG, Normalization, build_network, cifar_resnet
 
 __all__ = [
     "CIFAR10DataModule",
     "CifarResNet",
+    "CifarVGG",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageClassifier",

@@ -168,6 +168,8 @@ class ImageDataModule(LightningDataModule):
             None: all.
         positive_class: Tell this class (number or name) from all others: labels become 1 for it, 0 for the others.
             None: all classes by themselves.
+        unlabelled_size: Of the training images that `train_size` and `class_counts` leave out, how many
+            `unlabelled_dataset` holds. None: all.
 
     Attributes:
         train_set: Set by `setup`; so are `val_set` and `test_set`.
@@ -190,6 +192,7 @@ class ImageDataModule(LightningDataModule):
         train_size: int | None = None,
         class_counts: dict[int, int] | list[int] | None = None,
         positive_class: int | str | None = None,
+        unlabelled_size: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -208,9 +211,11 @@ class ImageDataModule(LightningDataModule):
         self.train_size = train_size
         self.class_counts = class_counts
         self.positive_class = positive_class
+        self.unlabelled_size = unlabelled_size
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
+        self._left_out: ImageDataset | None = None
 
     @property
     def num_classes(self) -> int:
@@ -239,11 +244,14 @@ class ImageDataModule(LightningDataModule):
             train, val = self.load_train()
             if val is None:
                 train, val = self._split_validation(train)
+            every = train
             if self.class_counts is not None:
                 share = len(val) / len(train)
                 train, val = self._imbalanced(train, 1.0), self._imbalanced(val, share)
             self.train_set, self.val_set = self._relabel(self._choose_train(train)), self._relabel(val)
             self.train_set.classes = self.label_names
+            left_out = ~torch.isin(every.indices, self.train_set.indices)
+            self._left_out = self._relabel(every.subset(torch.nonzero(left_out).flatten()))
         if stage in (None, "test", "predict") and self.test_set is None:
             test = self.load_test()
             self.test_set = self._relabel(test if self.class_counts is None else self._imbalanced(test, None))
@@ -308,6 +316,24 @@ class ImageDataModule(LightningDataModule):
                 "None for all."
             )
         return data.subset(stratified_order(data.targets, self.seed)[: self.train_size].sort().values)
+
+    def unlabelled_dataset(self) -> ImageDataset:
+        """Return the training images that `train_size` and `class_counts` leave out, or `unlabelled_size` of them.
+
+        Nothing is kept back of their labels: it is for those who try out what unlabelled images bring not to look.
+        """
+        if self._left_out is None:
+            self.setup("fit")
+        assert self._left_out is not None
+        if self.unlabelled_size is None:
+            return self._left_out
+        if self.unlabelled_size > len(self._left_out):
+            raise ValueError(
+                f"unlabelled_size={self.unlabelled_size}, but train_size and class_counts leave only "
+                f"{len(self._left_out)} training images out."
+            )
+        order = torch.randperm(len(self._left_out), generator=torch.Generator().manual_seed(self.seed))
+        return self._left_out.subset(order[: self.unlabelled_size].sort().values)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the shuffled loader of the training part; (images, labels) batches."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import timm
@@ -31,16 +33,18 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Stride of the first convolution and of the shortcut.
+        skip: Without it there is no shortcut: the block of a plain network.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, skip: bool = True) -> None:
         super().__init__()
+        self.skip = skip
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
+        if skip and (stride != 1 or in_channels != out_channels):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
@@ -48,7 +52,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         out = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.bn2(self.conv2(out))
+        return torch.relu(out + self.shortcut(x) if self.skip else out)
 
 
 class CifarResNet(nn.Module):
@@ -64,12 +69,15 @@ class CifarResNet(nn.Module):
         num_classes: Length of the output.
         in_channels: Channels of the input.
         width: Channels of the stem and of the first stage.
+        skips: Without them it is the paper's plain network, which the residual one is compared with.
 
     Raises:
         ValueError: `depth` is not 6n + 2.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16, skips: bool = True
+    ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if blocks < 1 or rest:
@@ -84,8 +92,8 @@ class CifarResNet(nn.Module):
             out_channels = width * 2**stage
             stages.append(
                 nn.Sequential(
-                    BasicBlock(channels, out_channels, stride=1 if stage == 0 else 2),
-                    *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)),
+                    BasicBlock(channels, out_channels, stride=1 if stage == 0 else 2, skip=skips),
+                    *(BasicBlock(out_channels, out_channels, skip=skips) for _ in range(blocks - 1)),
                 )
             )
             channels = out_channels
@@ -101,9 +109,38 @@ class CifarResNet(nn.Module):
         return self.head(self.pool(self.stages(self.stem(x))))
 
 
-def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+def cifar_resnet(
+    depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16, skips: bool = True
+) -> CifarResNet:
     """Build a `CifarResNet`; see there for the arguments and the error."""
-    return CifarResNet(depth, num_classes, in_channels, width)
+    return CifarResNet(depth, num_classes, in_channels, width, skips)
+
+
+class CifarVGG(nn.Sequential):
+    """VGG-11 with BatchNorm (Simonyan & Zisserman 2015, configuration A) for small images, with one linear layer.
+
+    Eight 3x3 convolutions, each with BatchNorm and ReLU as one module `conv1` to `conv8`; the resolution is halved
+    after the first, the second and the fourth (the paper's other two halvings would leave less than a pixel of 28);
+    then global average pooling and a linear `head`. No skips.
+
+    Args:
+        num_classes: Length of the output.
+        in_channels: Channels of the input.
+        width: Channels of the first convolution; the following have 2, 4, 4, 8, 8, 8 and 8 times as many.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: int = 64) -> None:
+        super().__init__()
+        channels = in_channels
+        for i, factor in enumerate((1, 2, 4, 4, 8, 8, 8, 8), start=1):
+            conv = nn.Conv2d(channels, factor * width, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            self.add_module(f"conv{i}", nn.Sequential(conv, nn.BatchNorm2d(factor * width), nn.ReLU()))
+            if i in (1, 2, 4):
+                self.add_module(f"pool{i}", nn.MaxPool2d(2))
+            channels = factor * width
+        self.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        self.add_module("head", nn.Linear(channels, num_classes))
 
 
 def build_network(
@@ -114,7 +151,7 @@ def build_network(
     Which library a name means:
 
     1. `cifar_resnetN`, and the bare `resnet8`, `resnet20`, `resnet32`, `resnet44`, `resnet56`, `resnet110`:
-       `CifarResNet`.
+       `CifarResNet`. `cifar_plainN` is the same without skips, `cifar_vgg11_bn` a `CifarVGG`.
     2. `timm/NAME` and `torchvision/NAME`: that library's.
     3. Any other bare name: timm's if timm knows it, else torchvision's. So `resnet18` and `resnet50` are timm's.
 
@@ -136,6 +173,7 @@ def build_network(
         that of the weights if `pretrained`, else mean 0.5 and std 0.5 for each channel.
 
     Raises:
+        ConnectionError: The weights cannot be downloaded.
         ValueError: No library has `name` (the message lists the nearest names); `pretrained` for a network or a number
             of channels for which there are no weights; `num_classes` or `in_channels` below 1.
     """
@@ -147,8 +185,12 @@ def build_network(
     if library == "torchvision":
         return _torchvision_network(bare, num_classes, in_channels, pretrained, kwargs)
     if pretrained:
-        raise ValueError(f"There are no pretrained weights for the CIFAR ResNet {name!r}: pass pretrained=False.")
-    depth = int(bare.removeprefix("resnet"))
+        raise ValueError(f"There are no pretrained weights for the CIFAR network {name!r}: pass pretrained=False.")
+    if bare == "vgg11_bn":
+        return CifarVGG(num_classes, in_channels, **kwargs), _default_normalization(in_channels)
+    if bare.startswith("plain"):
+        kwargs.setdefault("skips", False)
+    depth = int(bare.removeprefix("resnet").removeprefix("plain"))
     return cifar_resnet(depth, num_classes, in_channels, **kwargs), _default_normalization(in_channels)
 
 
@@ -163,7 +205,7 @@ def _torchvision_names() -> list[str]:
 
 def _resolve(name: str) -> tuple[str, str]:
     """Return the library ("cifar", "timm" or "torchvision") and the name in it."""
-    if re.fullmatch(r"cifar_resnet\d+", name):
+    if re.fullmatch(r"cifar_((resnet|plain)\d+|vgg11_bn)", name):
         return "cifar", name.removeprefix("cifar_")
     if name in CIFAR_NAMES:
         return "cifar", name
@@ -177,7 +219,7 @@ def _resolve(name: str) -> tuple[str, str]:
     if prefix in known:
         candidates = {f"{prefix}/{known_name}": known_name for known_name in known[prefix]}
     else:
-        ours = [*CIFAR_NAMES, *(f"cifar_{cifar_name}" for cifar_name in CIFAR_NAMES)]
+        ours = [*CIFAR_NAMES, *(f"cifar_{cifar_name}" for cifar_name in (*CIFAR_NAMES, "plain20", "vgg11_bn"))]
         candidates = {known_name: known_name for known_name in [*ours, *known["timm"], *known["torchvision"]]}
     close = difflib.get_close_matches(bare.lower(), candidates.values(), n=3)
     by_name = {known_name: full for full, known_name in candidates.items()}
@@ -191,11 +233,25 @@ def _timm_network(
     name: str, num_classes: int, in_channels: int, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Normalization]:
     channels = 3 if pretrained and in_channels == 1 else in_channels
-    network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **kwargs)
+    with _weights_reached(name):
+        network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **kwargs)
     if not pretrained:
         return network, _default_normalization(channels)
     config = resolve_data_config({}, model=network)
     return network, Normalization(_per_channel(config["mean"], channels), _per_channel(config["std"], channels))
+
+
+@contextmanager
+def _weights_reached(name: str) -> Iterator[None]:
+    """Says what to do where weights cannot be downloaded."""
+    try:
+        yield
+    except OSError as error:  # of urllib, and of what the Hugging Face Hub's client raises
+        raise ConnectionError(
+            f"The weights of {name} cannot be reached: {error} Train without them by pretrained=False"
+            " (--model.pretrained false), or give timm a file of them:"
+            " network_args={'pretrained_cfg_overlay': {'file': PATH}}."
+        ) from error
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -227,7 +283,8 @@ def _torchvision_network(
             "pretrained=False, or take a timm network, which adapts its weights."
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    network = torchvision.models.get_model(name, weights=weights, **kwargs)
+    with _weights_reached(name):
+        network = torchvision.models.get_model(name, weights=weights, **kwargs)
     _replace_head(network, len(weights.meta["categories"]), num_classes)
     if is_inception:
         # Weights insist on the auxiliary heads, with which a network in training returns a tuple.
