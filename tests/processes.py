@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     @property
     def printed(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("printed-*.txt")))
+        return (self.folder / f"printed-{self.process.pid}.txt").read_text()
 
 
 def start(
@@ -77,7 +77,8 @@ def finish(*runs: Run, timeout: float = 120) -> None:
     for run in runs:
         if run.process.is_alive():
             run.process.kill()
-    assert not failed, failed[0].printed[-6000:]
+    # One rank's error is another's lost connection: both are shown.
+    assert not failed, "\n".join(f"{run.folder}:\n{run.printed[-4000:]}" for run in failed)
 
 
 def _enter(folder: Path, what: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
