@@ -15,7 +15,7 @@ from lightning_tips.core import Monitor, agree, class_counts, find_labels
 from lightning_tips.data.mixed_draw import natural_share
 from lightning_tips.data.mixed_loader import RelabelledDataset, find_dataset
 from lightning_tips.data.mixing_tip import MixingTip
-from lightning_tips.data.pseudo_guard import SupervisedGuard
+from lightning_tips.data.pseudo_guard import SupervisedGuard, read_curve
 from lightning_tips.data.pseudo_labels import Outputs, PseudoLabels, choose_pseudo_labels
 from lightning_tips.data.pseudo_report import Round, show_rounds, warn_of_odd_labels
 from lightning_tips.data.pseudo_teacher import Teacher, teacher_probabilities
@@ -53,12 +53,14 @@ class PseudoLabelCallback(MixingTip):
         outputs: What the teacher returns, see :func:`as_probabilities`.
         epoch_size: Samples of an epoch over all ranks; by default as many as the training loader draws. Worth raising
             where there are few labelled samples.
-        max_drop: The guard: pseudo-labels are given up when ``monitor`` has stayed further than this below the best
-            value of supervised training for ``patience`` validations. None: no guard.
+        max_drop: The guard: pseudo-labels are given up when ``monitor`` has stayed further than this below that of
+            supervised training for ``patience`` validations. None: no guard.
         monitor: Logged metric that the guard watches.
         mode: ``"max"`` or ``"min"``.
         patience: See ``max_drop``.
-        reference: What supervised training reaches; by default the best value before the first round.
+        reference: What supervised training reaches: a value; or the ``metrics.csv`` of a supervised run, as
+            ``CSVLogger`` and ``RunReportCallback`` write it, of which the value at the same step counts. By default the
+            best value before the first round, which a supervised run of equal length would go beyond.
         audit: Whether to compare with the labels that the unlabelled set has, and report how many are right.
         input_key: Key of the inputs in samples that are mappings, if it is none of the usual ones.
         target_key: Key of the label, likewise.
@@ -94,7 +96,7 @@ class PseudoLabelCallback(MixingTip):
         monitor: str = "val_acc",
         mode: Literal["min", "max"] = "max",
         patience: int = 3,
-        reference: float | None = None,
+        reference: float | str | None = None,
         audit: bool = False,
         input_key: str | None = None,
         target_key: str | None = None,
@@ -124,7 +126,11 @@ class PseudoLabelCallback(MixingTip):
             raise ValueError('align=True needs something to align to: set balance to "labelled", "uniform" or shares.')
         # What can be known to be wrong without data.
         choose_pseudo_labels(torch.full((1, 2), 0.5), threshold, top_share, per_class)
-        self._guard = SupervisedGuard(max_drop, mode, patience, reference) if max_drop is not None else None
+        self.reference = reference
+        self._guard: SupervisedGuard | None = None
+        if max_drop is not None:
+            value = None if isinstance(reference, str) else reference  # the file is read when a run begins
+            self._guard = SupervisedGuard(max_drop, mode, patience, value)
         self._metric = Monitor(monitor, f"{type(self).__name__} (its guard; max_drop=None leaves it out)")
         self._data: RelabelledDataset | None = None
         self._loader: DataLoader[Any] | None = None
@@ -135,7 +141,10 @@ class PseudoLabelCallback(MixingTip):
     def describe(self) -> str:
         """For the table at fit start."""
         size = f" of {len(self._data.unlabelled):,}" if self._data is not None else ""
-        guard = f"; stops if {self.monitor} stays {self._guard.max_drop:g} worse" if self._guard is not None else ""
+        guard = ""
+        if self._guard is not None:
+            than = " than in the supervised run" if isinstance(self.reference, str) else ""
+            guard = f"; stops if {self.monitor} stays {self._guard.max_drop:g} worse{than}"
         return (
             f"labels{size} by {self._teacher.name} above {self.threshold:g}, {self.share:.0%} of each batch, from epoch"
             f" {self.first_epoch} every {self.every_n_epochs}{guard}"
@@ -199,6 +208,11 @@ class PseudoLabelCallback(MixingTip):
         """Refuses what cannot work, and stands between the training data and the Trainer."""
         super().prepare(trainer, pl_module)
         self._data, self._loader, self._looked = None, None, -1
+        if self._guard is not None and isinstance(self.reference, str):
+            try:
+                self._guard.follow(read_curve(self.reference, self.monitor))
+            except ValueError as error:
+                raise MisconfigurationException(f"{type(self).__name__}(reference=...): {error}") from error
         if self._waits_for_reference and self.first_epoch == 0:
             raise MisconfigurationException(
                 f"{type(self).__name__} is to begin in epoch 0, before there is a {self.monitor} to compare with. Set"
@@ -358,17 +372,17 @@ class PseudoLabelCallback(MixingTip):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the metric, if validation logs it."""
         if self._guard is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._note(self._metric.on_validation_end(trainer))
+            self._note(trainer, self._metric.on_validation_end(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the metric, if it is one of training."""
         if self._guard is not None:
-            self._note(self._metric.on_train_epoch_end(trainer))
+            self._note(trainer, self._metric.on_train_epoch_end(trainer))
 
-    def _note(self, value: float | None) -> None:
+    def _note(self, trainer: pl.Trainer, value: float | None) -> None:
         if value is not None and self._guard is not None:
             mixed = self._chosen is not None and len(self._chosen.indices) > 0
-            self._guard.update(value, mixed)
+            self._guard.update(value, mixed, trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the counts of each round, by class."""
