@@ -55,13 +55,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     said = yaml.safe_load(chosen.config.read_text())
     kinds: dict[str, Any] = {"DigitsDataModule": DigitsDataModule, "FashionMNISTDataModule": FashionMNISTDataModule}
     data = kinds[said["data"]["class_path"]](**said["data"]["init_args"])
+    data.setup("test")
+    images, _ = next(iter(data.test_dataloader()))
     results: dict[str, Any] = {}
     for arm, name in ARMS.items():
         rows = []
         for seed in range(chosen.seeds):
             folder = chosen.folder / f"{arm}-seed{seed}"
             module = load_pruned(folder / "last.ckpt", ImageClassifier)
-            cost = count_cost(module, torch.zeros(1, 1, 28, 28))
+            cost = count_cost(module, images[:1])
             rows.append(_tested(module, data) | {"macs": cost.macs, "parameters": cost.parameters})
             rows[-1]["cpu_seconds"] = round(json.loads((folder / "record.json").read_text())["cpu_seconds"], 1)
         results[name] = rows

@@ -1,5 +1,7 @@
 """All tips in one run, as `configs/all_tips.yaml` has them: on two ranks, killed in the middle, resumed to the bit."""
 
+import importlib.util
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,20 @@ def test_all_tips_on_two_ranks_killed_and_resumed(tmp_path: Path) -> None:
     assert events[0] == events[1]
     assert {event["tip"] for event in events[0]} == TIPS
     assert "SGD" in whole[0].printed
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_study_in_its_smallest_form(tmp_path: Path, capsys) -> None:
+    config = small(tmp_path)
+    config["trainer"] |= {"devices": 1, "strategy": "auto", "max_epochs": 5}
+    config["trainer"]["callbacks"][-1] = yaml.safe_load(CONFIG.read_text())["trainer"]["callbacks"][-1]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    spec = importlib.util.spec_from_file_location("all_tips", CONFIG.parent.parent / "benchmarks/all_tips.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    out = tmp_path / "all_tips.json"
+    written = study.main(["--seeds=1", f"--config={tmp_path / 'run.yaml'}", f"--folder={tmp_path}/s", f"--out={out}"])
+    assert json.loads(out.read_text()) == written
+    assert list(written["mean"]) == ["all tips", "none", "all tips, vote"]
+    assert written["mean"]["all tips"]["macs"] < 0.6 * written["mean"]["none"]["macs"]
+    assert sum(written["weights"]) == pytest.approx(1, abs=1e-3)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_tips.core import Fit, FitRecord, run_fits
 from lightning_tips.core.fit_server import FitServer
-from lightning_tips.core.fits import loggers_of_fit
+from lightning_tips.core.fits import MODULE, PRELOAD, loggers_of_fit
 
 from harness import STEPS_A_EPOCH, PlainModule, fit
 
@@ -169,6 +170,23 @@ def test_a_fork_is_like_a_python_of_its_own(tmp_path: Path, monkeypatch: pytest.
     left = server.run(["sleep"], environment, log)
     server.close()  # ends what still runs
     assert left.poll() in (-1, -15)
+
+
+@pytest.mark.skipif(not FitServer.works_here(), reason="no safe fork")
+def test_a_fork_starts_the_other_ranks_of_its_fit(tmp_path: Path) -> None:
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 1, "logger": False},
+        "model": {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}},
+        "data": {"class_path": "DigitsDataModule", "init_args": {"train_size": 64}},
+    }
+    config["trainer"]["callbacks"] = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path)}}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    server, log = FitServer(MODULE, PRELOAD), tmp_path / "log.txt"
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    assert server.run(["fit", "--config", str(tmp_path / "run.yaml")], environment, log).wait() == 0, log.read_text()
+    server.close()
+    assert "MEMBER: 2/2" in log.read_text()
+    assert torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)["global_step"] == 1  # 32 images a rank
 
 
 def test_fits_take_turns_on_the_devices(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ Task = Literal["multiclass", "multilabel", "regression"]
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, temperature: float = 4.0, task: Task = "multiclass", dim: int = 1
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, task: Task = "multiclass", dim: int = 1
 ) -> Tensor:
     """How far the student's outputs are from the teacher's; no gradient flows to the teacher.
 

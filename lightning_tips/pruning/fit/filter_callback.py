@@ -58,7 +58,8 @@ class FilterPruningCallback(FilterSteps):
         samples: Training samples that are kept, in checkpoints too, to estimate BatchNorm's statistics from.
         sample_megabytes: How much room they may take.
         distill: Weight of a distillation loss from the unpruned network, added to the module's own; 0 for none.
-        temperature: Of the distillation.
+        temperature: Of the distillation. At a higher one its gradients are far larger, and a short fine-tuning does
+            not come to its end.
         distill_task: ``"multiclass"``, ``"multilabel"`` or ``"regression"``: what the network's outputs are.
         reset_best: ModelCheckpoint, EarlyStopping and ReduceLROnPlateau forget their best score at each step. Without
             it the best checkpoint is most often the unpruned network.
@@ -98,7 +99,7 @@ class FilterPruningCallback(FilterSteps):
         samples: int = 256,
         sample_megabytes: float = 64.0,
         distill: float = 0.0,
-        temperature: float = 4.0,
+        temperature: float = 1.0,
         distill_task: Task = "multiclass",
         reset_best: bool = True,
     ) -> None:

@@ -71,7 +71,8 @@ class LayerPruningCallback(RanksByMetric):
             many of validation for ``"metric"``.
         sample_megabytes: How much room each of the two may take.
         distill: Weight of a distillation loss from the whole network, added to the module's own; 0 for none.
-        temperature: Of the distillation.
+        temperature: Of the distillation. At a higher one its gradients are far larger, and a short fine-tuning does
+            not come to its end.
         distill_task: ``"multiclass"``, ``"multilabel"`` or ``"regression"``: what the network's outputs are.
         reset_best: ModelCheckpoint, EarlyStopping and ReduceLROnPlateau forget their best score at each step. Without
             it the best checkpoint is most often the whole network.
@@ -108,7 +109,7 @@ class LayerPruningCallback(RanksByMetric):
         samples: int = 256,
         sample_megabytes: float = 64.0,
         distill: float = 0.0,
-        temperature: float = 4.0,
+        temperature: float = 1.0,
         distill_task: Task = "multiclass",
         reset_best: bool = True,
     ) -> None:
