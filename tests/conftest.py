@@ -3,6 +3,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Networks this small only wait for a second thread. Before torch is imported, and for what tests start: forks do not
+# hear of a number that is set later, and two ranks of two threads each on two cores take five times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -10,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
 
 import allowed_warnings
 
-torch.set_num_threads(1)  # networks this small only wait for a second thread
+torch.set_num_threads(1)  # where a plugin of pytest has imported it before
 
 
 def pytest_configure(config: pytest.Config) -> None:
