@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import pickle
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy  # by another name than F's
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from lightning_tips.core import changed_outputs
+from lightning_tips.core import changed_outputs, parameter_hash
 from lightning_tips.imbalance import (
     ClassWeightCallback,
     LossCorrection,
@@ -41,6 +39,7 @@ from lightning_tips.imbalance import (
 )
 
 from harness import PlainData, PlainModule, ResumableLoader, assert_same, bits, build, every_epoch, every_step, fit
+from processes import on_two_ranks
 
 ROOT = Path(__file__).parent.parent
 COUNTS = torch.tensor([60, 30, 10])
@@ -879,45 +878,21 @@ def test_logit_adjustment_by_the_callback(tmp_path) -> None:
 
 # ---- two ranks
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import allowed_warnings
-allowed_warnings.apply()
-import torch
-from lightning_tips.core import parameter_hash
-from lightning_tips.imbalance import ClassWeightCallback
-from harness import PlainModule, fit
-from test_class_weights import RareData, WithCriterion, seeded
 
-results = {}
-folder = Path(sys.argv[1])
-for functional in (False, True):
-    module = seeded(PlainModule if functional else WithCriterion)
-    tip = ClassWeightCallback(functional=functional, start_epoch=1)
-    trainer = fit(tip, folder=folder, data=RareData(), module=module, max_epochs=2, devices=2, strategy="ddp")
-    results[str(functional)] = [parameter_hash(module), [str(e) for e in tip.events], tip.state_dict()["weights"]]
-    if not functional:
-        results["losses"] = module.plain
-(folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(results))
-"""
+def both_ways(folder: Path) -> dict[str, Any]:
+    results = {}
+    for functional in (False, True):
+        module = seeded(PlainModule if functional else WithCriterion)
+        tip = ClassWeightCallback(functional=functional, start_epoch=1)
+        fit(tip, folder=folder, data=RareData(), module=module, max_epochs=2, devices=2, strategy="ddp")
+        results[str(functional)] = [parameter_hash(module), [str(e) for e in tip.events], tip.state_dict()["weights"]]
+        if not functional:
+            results["losses"] = module.plain
+    return results
 
 
 def test_two_ranks(tmp_path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=environment | {"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks(tmp_path, both_ways)
     assert first["False"] == second["False"]
     assert first["True"] == second["True"]
     assert first["False"][0] == first["True"][0]  # the functional loss is weighted as the module is

@@ -40,7 +40,6 @@ def test_the_command_trains_weighs_and_skips_what_is_done(tmp_path: Path, monkey
     from lightning_tips.cli import main
 
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parent.parent}")
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # which decide the last bits
     trainer = CONFIG["trainer"] | {
         "logger": [
             {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "here", "name": "mine"}}

@@ -3,11 +3,8 @@
 import importlib.util
 import itertools
 import json
-import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
@@ -28,6 +27,9 @@ from lightning_tips.imbalance import (
     target_mix,
 )
 from lightning_tips.imbalance.draw import EpochOrder, build_pool, epoch_quotas, permute
+
+from harness import build
+from processes import on_two_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")  # Python >= 3.12
 
@@ -540,61 +542,46 @@ def test_batches_leave_out_what_the_mix_leaves_out_and_undersample_without_repea
 
 # ---- Lightning on two ranks
 
-TRAINING = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import allowed_warnings
-allowed_warnings.apply()
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader, TensorDataset
-from lightning_tips.imbalance import ImbalancedBatchSampler, ImbalancedSampler
+SMALL = TensorDataset(torch.arange(100), torch.tensor([0] * 90 + [1] * 10))
 
-labels = torch.tensor([0] * 90 + [1] * 10)
-data = TensorDataset(torch.arange(100), labels)
 
 class Watcher(LightningModule):
-    def __init__(self, loader):
+    """Remembers which samples it saw; of its own hook Lightning watches how loaders and batch samplers are made."""
+
+    def __init__(self, loader: Any) -> None:
         super().__init__()
         self.layer, self.seen, self.loader = torch.nn.Linear(1, 1), [], loader
-    def train_dataloader(self):  # in a hook Lightning watches how loaders and batch samplers are made
+
+    def train_dataloader(self) -> Any:
         return self.loader()
-    def training_step(self, batch):
+
+    def training_step(self, batch: Any) -> Tensor:
         self.seen.append(batch[0].tolist())
         return self.layer(torch.ones(1, 1)).sum()
-    def configure_optimizers(self):
+
+    def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.1)
 
-def train(loader, hook):
-    module = Watcher(loader)
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, train_dataloaders=None if hook else loader())
-    return module.seen, trainer.global_rank
 
-result = {}
-for hook in (True, False):
-    result[f"batches {hook}"], rank = train(
-        lambda: ImbalancedBatchSampler(labels, 8, {0: 2, 1: 3}, num_samples=64).loader(data), hook)
-result["samples"], rank = train(lambda: DataLoader(data, 8, sampler=ImbalancedSampler(data, num_samples=64)), True)
-open(sys.argv[2] + f"/{rank}.json", "w").write(json.dumps(result))
-"""
+def what_a_rank_sees(folder: Path) -> dict[str, Any]:
+    def train(loader: Any, hook: bool) -> Any:
+        module = Watcher(loader)
+        trainer, _ = build(folder=folder, module=module, devices=2, strategy="ddp", max_epochs=2)
+        trainer.fit(module, train_dataloaders=None if hook else loader())
+        return module.seen
+
+    labels = SMALL.tensors[1]
+    result = {}
+    for hook in (True, False):
+        result[f"batches {hook}"] = train(
+            lambda: ImbalancedBatchSampler(labels, 8, {0: 2, 1: 3}, num_samples=64).loader(SMALL), hook
+        )
+    result["samples"] = train(lambda: DataLoader(SMALL, 8, sampler=ImbalancedSampler(SMALL, num_samples=64)), True)
+    return result
 
 
 def test_lightning_on_two_ranks_leaves_both_samplers_alone(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(TRAINING)
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = on_two_ranks(tmp_path, what_a_rank_sees)
     labels = np.repeat([0, 1], [90, 10])
     batches = ImbalancedBatchSampler(labels, 8, {0: 2, 1: 3}, num_samples=64)
     samples = ImbalancedSampler(labels, num_samples=64)

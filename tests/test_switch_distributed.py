@@ -1,13 +1,9 @@
 """The optimizer switch on two ranks: DDP, its variants, and FSDP2 on CPU.
 
-Importing takes most of a process's time, so `worker.py` trains each of the two groups below in one go. With
-LIGHTNING_TIPS_DEBUG set it also checks after each switch that the ranks have the same parameters.
+Two processes train each of the two groups below in one go. With LIGHTNING_TIPS_DEBUG set they also check after each
+switch that the ranks have the same parameters.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,9 @@ import torch
 from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core import parameter_hash
 
+import worker
 from harness import fit
-
-WORKER = Path(__file__).parent / "worker.py"
+from processes import on_two_ranks
 
 AT_EPOCH = {"trigger": "epoch", "at": 2}
 AT_STEP = {"trigger": "step", "at": 14, "lr": "auto"}  # in the middle of epoch 3
@@ -56,18 +52,8 @@ def checkpoint(name: str, step: int) -> str:
 
 
 def train(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs the worker; returns the results of rank 0 and those of rank 1."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), json.dumps(runs)],
-        env=environment | {"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,  # a rank that waits for the other for ever
-    )
-    assert done.returncode == 0, done.stdout[-12000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    """Returns the results of rank 0 and those of rank 1."""
+    return on_two_ranks(folder, worker.run_all, runs)
 
 
 # ---- DDP
@@ -150,8 +136,7 @@ def test_debug_mode_raises_on_every_rank_when_ranks_came_apart(ddp) -> None:
         assert rank["drift"]["error"].startswith("RuntimeError: 1 of 2 ranks have other parameters than rank 0 after: ")
 
 
-def test_spawned_processes_train_the_same(ddp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_spawned_processes_train_the_same(ddp, tmp_path: Path, capfd) -> None:
     # a lambda could not be sent to the processes
     switch = OptimizerSwitchCallback(partial(torch.optim.SGD, lr=0.05, momentum=0.9), **AT_EPOCH)
     trainer = fit(switch, folder=tmp_path, strategy="ddp_spawn", devices=2)
