@@ -22,6 +22,38 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+# Files of ten seconds and more, dearest first: what is left for the end is then short, and both workers end together.
+DEAREST = [
+    "test_every_tip_resumes",
+    "test_readme_and_benchmarks",
+    "test_switch_distributed",
+    "test_every_tip_in_processes",
+    "test_every_pair",
+    "test_every_tip",
+    "test_sampler_callback",
+    "test_compare_command",
+    "test_ensemble_together",
+    "test_cli",
+    "test_pruning_benchmarks",
+    "test_ensemble_apart",
+    "test_all_tips",
+    "test_layer_pruning",
+    "test_switch_resume",
+    "test_filter_pruning",
+    "test_prune_command",
+    "test_report",
+    "test_transfer_steps",
+    "test_transfer_cache",
+    "test_class_weights",
+    "test_pruning_distributed",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(DEAREST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each test runs in its own folder, leaves the environment as it found it, and never reaches for a network."""

@@ -60,15 +60,15 @@ def train(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ddp_runs() -> list[dict[str, Any]]:
-    at_step = plan("at-step", AT_STEP, keep="step")
-    chain = plan("chain", *CHAIN, keep="step")
+    at_step = plan("at-step", AT_STEP, keep=5)
+    chain = plan("chain", *CHAIN, keep=9)
     return [
         plan("plateau", {"trigger": "plateau"}, module="UnevenModule"),
         plan("at-epoch", AT_EPOCH),
         at_step,
         *resumed(at_step, 5, 15),
         chain,
-        *resumed(chain, 9, 17),
+        *resumed(chain, 9, 18),
         plan("branching", AT_STEP, module="BranchingModule", strategy="ddp_find_unused_parameters_true"),
         plan("unused", AT_STEP, strategy="ddp_find_unused_parameters_true"),
         plan("static", AT_STEP, strategy={"class": "DDPStrategy", "static_graph": True}),
@@ -117,7 +117,7 @@ def test_chain_switches_twice(ddp) -> None:
 
 @pytest.mark.parametrize(
     ("run", "step"),
-    [("at-step", 5), ("at-step", 15), ("chain", 9), ("chain", 17)],
+    [("at-step", 5), ("at-step", 15), ("chain", 9), ("chain", 18)],
     ids=["before", "after", "between", "in the warm-up after both"],
 )
 def test_ddp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(ddp, run: str, step: int) -> None:
@@ -151,20 +151,20 @@ def fsdp_runs() -> list[dict[str, Any]]:
     strategy = {"class": "ModelParallelStrategy", "data_parallel_size": 2, "tensor_parallel_size": 1}
     whole = {"module": "ShardedModule", "strategy": strategy | {"save_distributed_checkpoint": False}}
     sharded = {"module": "ShardedModule", "strategy": strategy | {"save_distributed_checkpoint": True}}
-    at_step = [plan("whole", AT_STEP, keep="step", **whole), plan("sharded", AT_STEP, keep="step", **sharded)]
-    chain = plan("chain", *CHAIN, keep="step", **sharded)
+    at_step = [plan("whole", AT_STEP, keep=5, **whole), plan("sharded", AT_STEP, keep=5, **sharded)]
+    chain = plan("chain", *CHAIN, keep=9, **sharded)
     late = checkpoint("whole", 15)  # after the switch
     return [
         *(again for run in at_step for again in [run, *resumed(run, 5, 15)]),
         chain,
-        *resumed(chain, 9, 17),
+        *resumed(chain, 9, 18),
         plan("chain-ddp", *CHAIN, module="ShardedModule"),
         plan("goes-on", AT_EPOCH, more=2, **sharded),
         plan("goes-on-ddp", AT_EPOCH, more=2, module="ShardedModule"),
         plan("five-steps", AT_EPOCH, max_steps=5, **sharded),
-        plan("validated-whole", AT_STEP, resume=late, keep="step", validate=checkpoint("whole", 5), **whole),
-        plan("validated-sharded", AT_STEP, resume=late, keep="step", validate=checkpoint("sharded", 5), **sharded),
-        plan("wrong", AT_STEP | {"at": 16}, resume=late, keep="step", raises=True, **whole),
+        plan("validated-whole", AT_STEP, resume=late, keep=5, validate=checkpoint("whole", 5), **whole),
+        plan("validated-sharded", AT_STEP, resume=late, keep=5, validate=checkpoint("sharded", 5), **sharded),
+        plan("wrong", AT_STEP | {"at": 16}, resume=late, keep=5, raises=True, **whole),
     ]
 
 
@@ -196,7 +196,7 @@ def test_fsdp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(fsdp, kind: 
     assert fsdp[0][f"{kind}-from-{step}"] == fsdp[0]["whole"]
 
 
-@pytest.mark.parametrize("step", [9, 17], ids=["between", "in the warm-up after both"])
+@pytest.mark.parametrize("step", [9, 18], ids=["between", "in the warm-up after both"])
 def test_fsdp_chain_resumed_equals_the_uninterrupted_one(fsdp, step: int) -> None:
     assert fsdp[0][f"chain-from-{step}"] == fsdp[0]["chain"]
 

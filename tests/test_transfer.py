@@ -196,8 +196,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     gate = {"schedule": "lp_ft", "monitor": "val_loss", "patience": 1, "phase_epochs": 1}
     long = {"schedule": "lp_ft", "phase_epochs": 3}
     runs = [
-        plan("ddp", {}, arguments={"keep": "step"}),
-        plan("again", {}, arguments={"keep": "step"}, resume="ddp/checkpoints/step-step=6.ckpt"),
+        plan("ddp", {}, arguments={"keep": 6}),
+        plan("again", {}, arguments={"keep": 6}, resume="ddp/checkpoints/step-step=6.ckpt"),
         plan("unused", {}, arguments=unused),
         plan("static", {}, arguments={"strategy": {"class": "DDPStrategy", "static_graph": True}}),
         plan("views", {}, arguments={"strategy": {"class": "DDPStrategy", "gradient_as_bucket_view": True}}),

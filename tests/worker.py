@@ -6,7 +6,7 @@ for:
 * ``module``: name of a module in `harness.py`, instead of the one that the rows ask for
 * ``callbacks``: names of callbacks there
 * ``strategy``: a name, or ``{"class": "DDPStrategy", ...}`` with the class's arguments
-* ``keep``: ``"step"`` or ``"epoch"``, how often to write a checkpoint
+* ``keep``: every how many steps to write a checkpoint; or ``"epoch"``
 """
 
 from pathlib import Path
@@ -64,9 +64,9 @@ def run(
     parts, _ = make(*((rows[name], changes) for name, changes in tips))
     callbacks: list[Any] = [part for part in parts if isinstance(part, harness.Callback)]
     callbacks += [getattr(harness, name)() for name in arguments.pop("callbacks", [])]
-    keep = {"step": harness.every_step, "epoch": harness.every_epoch}.get(arguments.pop("keep", ""))
-    if keep is not None:
-        callbacks.append(keep(folder / "checkpoints"))
+    if keep := arguments.pop("keep", None):
+        kept = folder / "checkpoints"
+        callbacks.append(harness.every_epoch(kept) if keep == "epoch" else harness.every_step(kept, keep))
     if isinstance(strategy := arguments.get("strategy"), dict):
         options = {key: value for key, value in strategy.items() if key != "class"}
         arguments["strategy"] = getattr(lightning.pytorch.strategies, strategy["class"])(**options)
