@@ -12,7 +12,7 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,45 @@ def start_command(folder: Path, arguments: list[str], count: int = 2) -> list[Ru
 def start_script(folder: Path, script: Path, *arguments: str) -> Run:
     """Starts ``python script arguments`` in a folder; warnings are those that a user sees."""
     return _start(folder, _script, (script, arguments), {})
+
+
+class Fits:
+    """In place of `FitServer`: the fits of a command are forks of the process that is there already."""
+
+    def __init__(self, module: str, preload: str) -> None:
+        self.module = module
+        self.running: list[Fork] = []
+
+    @staticmethod
+    def works_here() -> bool:
+        return True
+
+    def run(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Fork:
+        self.running.append(Fork(_start(Path.cwd(), _module, (self.module, arguments, log), dict(environment))))
+        return self.running[-1]
+
+    def close(self) -> None:
+        for fit in self.running:
+            fit.terminate()
+
+
+class Fork:
+    """One of them, as far as a ``Popen`` is needed."""
+
+    def __init__(self, run: Run) -> None:
+        self.process = run.process
+        self.terminate = run.process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
 
 
 def on_two_ranks(folder: Path, train: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -107,7 +146,7 @@ def _enter(folder: Path, what: Callable[..., None], arguments: tuple[Any, ...], 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    if what is not _script:
+    if what not in (_script, _module):  # there, warnings are those that a user sees
         import allowed_warnings
 
         os.environ["LIGHTNING_TIPS_DEBUG"] = "1"
@@ -139,3 +178,11 @@ def _script(script: Path, arguments: tuple[str, ...]) -> None:
     sys.argv = [str(script), *arguments]
     sys.path[:] = [str(script.parent), *(path for path in sys.path if path != TESTS)]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _module(module: str, arguments: Sequence[str], log: Path) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from processes import Fits
+
 QUICK = {
     "accelerator": "cpu", "max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2, "num_sanity_val_steps": 0,
     "enable_model_summary": False,
@@ -24,7 +26,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     """Writes a yaml and runs `lightning-tips compare` on it; returns exit code and what was printed."""
     from lightning_tips.cli import main
 
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parent.parent}")
+    monkeypatch.setattr("lightning_tips.core.fits.FitServer", Fits)
 
     def run(callbacks: list[Any], *arguments: str) -> tuple[Any, str]:
         trainer = QUICK | {"callbacks": callbacks, "logger": WANDB}

@@ -16,7 +16,7 @@ import pytest
 
 import lightning_tips
 
-from processes import finish, start_script
+from processes import Fits, finish, start_script
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted(ROOT.glob("lightning_tips/*/README.md"))
@@ -124,6 +124,7 @@ def test_cost_of_a_comparison_in_its_smallest_form(tmp_path: Path, monkeypatch) 
         return {"wall": 1.0, "cpu": 1.0}
 
     monkeypatch.setattr(cost, "run", here)
+    monkeypatch.setattr("lightning_tips.core.fits.FitServer", Fits)
     result = cost.main(["--smoke", f"--out={tmp_path / 'cost.json'}"])
     assert json.loads((tmp_path / "cost.json").read_text()) == result
     assert run == ["compare", "fit", "fit"]
