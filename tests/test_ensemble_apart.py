@@ -16,6 +16,7 @@ from lightning_tips import EnsembleModule
 from lightning_tips.cli.held_out import moves_with_seed
 
 from harness import PlainData, PlainModule, assert_same
+from processes import Fits
 
 CONFIG = {
     "trainer": {"accelerator": "cpu", "max_epochs": 2, "limit_val_batches": 1, "enable_progress_bar": False},
@@ -60,6 +61,7 @@ def test_the_command_trains_weighs_and_skips_what_is_done(tmp_path: Path, monkey
     assert "member_0 has finished" in printed
     assert "member_1 failed (-9)" in printed
     assert (tmp_path / "once").exists()
+    monkeypatch.setattr("lightning_tips.core.fits.FitServer", Fits)  # the first had a server of its own
     printed = ensemble(*arguments)
     assert "member_0 is done already" in printed
     assert "member_1 goes on" in printed
