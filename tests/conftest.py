@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is there by now stays, and is not looked through again and again
+
+
 @pytest.fixture(autouse=True)
 def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each test runs in its own folder, leaves the environment as it found it, and never reaches for a network."""
@@ -68,6 +74,12 @@ def untouched_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         sys.modules["wandb"].teardown()  # it remembers in which folder it was first used
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the files of pictures empty: to draw takes as long as to train, and other tests look at what is drawn."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).touch())
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import torch
 from harness import EPOCHS, STEPS_A_EPOCH, assert_same, bits, every_epoch, every_step, fit
 from settings import NAMES, SETTINGS, Setting
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 STEPS = EPOCHS * STEPS_A_EPOCH
 # Each place in an epoch of 4 steps, from the first epoch to the last; and every step of epoch 2, before which or in
 # which most tips act, with the ends of both.
