@@ -270,9 +270,9 @@ def fit(*parts: Any, folder: Path, ckpt_path: Path | None = None, data: Any = No
     return trainer
 
 
-def every_step(folder: Path) -> ModelCheckpoint:
-    """Keeps a checkpoint of every training step."""
-    return ModelCheckpoint(folder, filename="step-{step}", every_n_train_steps=1, save_top_k=-1)
+def every_step(folder: Path, steps: int = 1) -> ModelCheckpoint:
+    """Keeps a checkpoint of every training step, or of every so many."""
+    return ModelCheckpoint(folder, filename="step-{step}", every_n_train_steps=steps, save_top_k=-1)
 
 
 def every_epoch(folder: Path) -> ModelCheckpoint:

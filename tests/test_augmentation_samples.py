@@ -1,7 +1,5 @@
 """By what `BatchAugmentationCallback` knows a sample, and which samples it chooses and shows."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from lightning_tips import BatchAugmentationCallback
 from lightning_tips.augmentation import HorizontalFlip, minority_classes
 
 from harness import build, every_step
+from processes import on_two_ranks
 
 
 def forms(folder: Path, batch: int = 16, loader: Any = None, epochs: int = 1, **more: Any) -> tuple[Tensor, Watching]:
@@ -70,27 +69,17 @@ def test_a_sample_is_in_the_same_form_after_a_resume_in_mid_epoch(tmp_path: Path
             torch.testing.assert_close(images, expected[numbers])
 
 
-def test_two_ranks_show_each_sample_in_the_form_that_one_shows(tmp_path: Path) -> None:
-    torch.save(forms(tmp_path)[0], tmp_path / "expected.pt")
-    script = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from torch.utils.data import DataLoader
-from test_augmentation_samples import Numbered, forms
-if __name__ == "__main__":
-    folder = Path({str(tmp_path)!r})
+def on_a_rank(folder: Path, expected: str) -> list[int]:
     loader = DataLoader(Numbered(), 8, shuffle=True, num_workers=1, multiprocessing_context="fork")
     _, module = forms(folder, loader=loader, devices=2, strategy="ddp")
-    expected = torch.load(folder / "expected.pt")
     numbers = torch.cat([b[2] for b in module.seen["train"]])
-    torch.testing.assert_close(torch.cat([b[0] for b in module.seen["train"]]), expected[numbers])
-    (folder / f"rank{{module.global_rank}}").write_text(" ".join(map(str, numbers.tolist())))
-"""
-    (tmp_path / "two.py").write_text(script)
-    done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = [[int(n) for n in (tmp_path / f"rank{rank}").read_text().split()] for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([b[0] for b in module.seen["train"]]), torch.load(expected)[numbers])
+    return numbers.tolist()
+
+
+def test_two_ranks_show_each_sample_in_the_form_that_one_shows(tmp_path: Path) -> None:
+    torch.save(forms(tmp_path)[0], tmp_path / "expected.pt")
+    seen = on_two_ranks(tmp_path, on_a_rank, "expected.pt")
     assert sorted(seen[0] + seen[1]) == list(range(64))
     assert sorted(seen[0]) != list(range(0, 64, 2))  # shuffled
 

@@ -16,6 +16,7 @@ from lightning_tips import EnsembleModule
 from lightning_tips.cli.held_out import moves_with_seed
 
 from harness import PlainData, PlainModule, assert_same
+from processes import Fits
 
 CONFIG = {
     "trainer": {"accelerator": "cpu", "max_epochs": 2, "limit_val_batches": 1, "enable_progress_bar": False},
@@ -40,7 +41,6 @@ def test_the_command_trains_weighs_and_skips_what_is_done(tmp_path: Path, monkey
     from lightning_tips.cli import main
 
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parent.parent}")
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # which decide the last bits
     trainer = CONFIG["trainer"] | {
         "logger": [
             {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "here", "name": "mine"}}
@@ -61,6 +61,7 @@ def test_the_command_trains_weighs_and_skips_what_is_done(tmp_path: Path, monkey
     assert "member_0 has finished" in printed
     assert "member_1 failed (-9)" in printed
     assert (tmp_path / "once").exists()
+    monkeypatch.setattr("lightning_tips.core.fits.FitServer", Fits)  # the first had a server of its own
     printed = ensemble(*arguments)
     assert "member_0 is done already" in printed
     assert "member_1 goes on" in printed

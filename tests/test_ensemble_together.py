@@ -1,9 +1,7 @@
 """Members that train together end as each does alone: to the bit, whatever their optimizers, schedulers and losses."""
 
 import copy
-import json
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_tips import BatchAugmentationCallback, EnsembleModule, OptimizerSwitchCallback, TransferLearningCallback
+from lightning_tips.core import parameter_hash
 from lightning_tips.ensemble.members import build_members
 
-from harness import STEPS_A_EPOCH, PlainModule, assert_same, every_step, fit
+from harness import STEPS_A_EPOCH, BranchingModule, PlainData, PlainModule, assert_same, every_step, fit
+from processes import on_two_ranks
 
 
 class Dropping(PlainModule):
@@ -235,56 +236,37 @@ def test_resumed_members_equal_the_uninterrupted_ones(tmp_path: Path) -> None:
     assert not torch.equal(alone_again.head.weight, whole.members[3].head.weight)
 
 
-TWO_RANKS = """
-import copy, json, sys, warnings
-sys.path.insert(0, sys.argv[1])
-import allowed_warnings
-allowed_warnings.apply()
-from pathlib import Path
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from test_ensemble_together import Dropping, OnPlateau, Seeds, TwoOptimizers, make
-from harness import BranchingModule, PlainData, fit
-from lightning_tips import EnsembleModule
-from lightning_tips.core import parameter_hash
+def apart_and_together(folder: Path) -> dict[str, Any]:
+    members = make([Dropping, OnPlateau, TwoOptimizers, BranchingModule])
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "max_epochs": 2}
+    ensemble = EnsembleModule(copy.deepcopy(members), seed=0)
+    trainer = fit(ensemble, folder=folder, **options)
+    found = [parameter_hash(member) for member in ensemble.members]
+    right = []
+    for index, member in enumerate(members):
+        fit(Seeds(index), folder=folder, module=member, **options)
+        right.append(parameter_hash(member))
+    result = {
+        "found": found, "right": right, "weights": ensemble.vote_weights.tolist(), "step": trainer.global_step,
+        "temperature": float(ensemble.vote_temperature), "val_loss": float(trainer.callback_metrics["val_loss"]),
+    }  # fmt: skip
 
-folder = Path(sys.argv[2])
-members = make([Dropping, OnPlateau, TwoOptimizers, BranchingModule])
-options = dict(devices=2, strategy="ddp_find_unused_parameters_true", max_epochs=2)
-ensemble = EnsembleModule(copy.deepcopy(members), seed=0)
-trainer = fit(ensemble, folder=folder, **options)
-found = [parameter_hash(member) for member in ensemble.members]
-right = []
-for index, member in enumerate(members):
-    fit(Seeds(index), folder=folder, module=member, **options)
-    right.append(parameter_hash(member))
-result = {"found": found, "right": right, "weights": ensemble.vote_weights.tolist(), "step": trainer.global_step,
-          "temperature": float(ensemble.vote_temperature), "val_loss": float(trainer.callback_metrics["val_loss"])}
-
-# Predictions and tests: a part on each rank, and the numbers of the whole on all.
-warnings.filterwarnings("ignore", ".*DistributedSampler.*")
-images, labels = PlainData().images[:63], PlainData().labels[:63]  # Lightning repeats one for the second rank
-loader = DataLoader(TensorDataset(images, labels), 8)
-probabilities = torch.cat([part["probabilities"] for part in trainer.predict(ensemble, loader)])
-(tested,) = trainer.test(ensemble, loader, verbose=False)
-whole = ensemble.eval()(images).detach()
-torch.testing.assert_close(probabilities, whole[trainer.global_rank :: 2], atol=1e-6, rtol=0)
-assert abs(tested["test_acc"] - (whole.argmax(1) == labels).float().mean()) < 1e-6
-one = ensemble.members[1](images).softmax(1).detach()
-assert abs(tested["test_loss/member_1"] - F.nll_loss(one.log(), labels)) < 1e-5
-
-(folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(result))
-"""
+    # Predictions and tests: a part on each rank, and the numbers of the whole on all.
+    warnings.filterwarnings("ignore", ".*DistributedSampler.*")
+    images, labels = PlainData().images[:63], PlainData().labels[:63]  # Lightning repeats one for the second rank
+    loader = DataLoader(TensorDataset(images, labels), 8)
+    probabilities = torch.cat([part["probabilities"] for part in trainer.predict(ensemble, loader)])
+    (tested,) = trainer.test(ensemble, loader, verbose=False)
+    whole = ensemble.eval()(images).detach()
+    torch.testing.assert_close(probabilities, whole[trainer.global_rank :: 2], atol=1e-6, rtol=0)
+    assert abs(tested["test_acc"] - (whole.argmax(1) == labels).float().mean()) < 1e-6
+    one = ensemble.members[1](images).softmax(1).detach()
+    assert abs(tested["test_loss/member_1"] - F.nll_loss(one.log(), labels)) < 1e-5
+    return result
 
 
 def test_on_two_ranks_members_end_as_alone_on_two_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks(tmp_path, apart_and_together)
     assert first == second
     assert first["found"] == first["right"]
     assert first["step"] == 2 * STEPS_A_EPOCH

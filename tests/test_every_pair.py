@@ -9,6 +9,8 @@ from harness import EPOCHS, STEPS_A_EPOCH
 from pairs import PAIRS, RECORDED, SHOWN, name_of, run, table
 from settings import Setting
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 # Two of one tip are a chain, whose order is the user's to say.
 BOTH_WAYS = [(one, other, swap) for one, other in PAIRS for swap in (False, True) if not (swap and one is other)]
 

@@ -40,7 +40,7 @@ def test_block_studies_in_their_smallest_form(tmp_path, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("veit_study", FOLDER / "veit.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    common = ["--smoke", "--epochs=1", f"--cache={tmp_path / 'cache'}", "--test-images=100"]
+    common = ["--smoke", "--epochs=1", f"--cache={tmp_path / 'cache'}", "--train-images=256", "--test-images=100"]
     deleted = [*common, f"--out={tmp_path / 'veit.csv'}", f"--picture={tmp_path / 'veit.png'}", "--networks"]
     rows = study.main([*deleted, "resnet20"])
     assert [row["deleted"] for row in rows][:2] == ["stages.0.0", "stages.0.1"]

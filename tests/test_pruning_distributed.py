@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from test_switch_distributed import train
+import worker
+from processes import on_two_ranks
 
 
 def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:
     ]
     for run in runs:
         run["arguments"] = {"devices": 2, "max_epochs": 3, "strategy": "ddp"} | run.get("arguments", {})  # type: ignore[operator]
-    first, second = train(tmp_path, runs)
+    first, second = on_two_ranks(tmp_path, worker.run_all, runs)
     assert first == second
     for each in ("static", "unused", "by hand", "first", "blocks", "blocks by metric"):
         assert len(first[each]["events"][0]) == 2, each

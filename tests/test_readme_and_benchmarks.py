@@ -5,7 +5,6 @@ import doctest
 import importlib
 import importlib.util
 import json
-import os
 import pkgutil
 import re
 import subprocess
@@ -16,6 +15,8 @@ from types import ModuleType
 import pytest
 
 import lightning_tips
+
+from processes import Fits, finish, start_script
 
 ROOT = Path(__file__).parent.parent
 CARDS = sorted(ROOT.glob("lightning_tips/*/README.md"))
@@ -68,12 +69,7 @@ def test_first_two_shell_blocks_of_the_readme_are_one_line_each() -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(example), "--epochs=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    finish(start_script(tmp_path, example, "--epochs=1"))
     assert list(tmp_path.rglob("run.png"))
 
 
@@ -128,6 +124,7 @@ def test_cost_of_a_comparison_in_its_smallest_form(tmp_path: Path, monkeypatch) 
         return {"wall": 1.0, "cpu": 1.0}
 
     monkeypatch.setattr(cost, "run", here)
+    monkeypatch.setattr("lightning_tips.core.fits.FitServer", Fits)
     result = cost.main(["--smoke", f"--out={tmp_path / 'cost.json'}"])
     assert json.loads((tmp_path / "cost.json").read_text()) == result
     assert run == ["compare", "fit", "fit"]

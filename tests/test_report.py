@@ -13,7 +13,6 @@ import wandb
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
-from test_optimizer_switch import Gan, Scripted, sgd
 from torch.optim.lr_scheduler import ConstantLR
 
 from lightning_tips import BatchAugmentationCallback, RunReportCallback
@@ -22,6 +21,7 @@ from lightning_tips.core.events import Event
 from lightning_tips.core.plot import plot_run
 
 from harness import PlainData, assert_same, build, every_epoch, fit
+from switching import Gan, Scripted, sgd
 
 EXPECTED = {"tips/optimizer": 1.0, "tips/optimizer/lr": 0.05, "tips/optimizer/from_lr": 0.001}
 

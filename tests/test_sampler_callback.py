@@ -123,7 +123,9 @@ def test_resume_with_limits(limits, tmp_path: Path) -> None:
     )
     keep = every_step(tmp_path / "kept")
     trainer = fit(ImbalancedSamplerCallback(), keep, module=whole, **arguments | limits)
-    for step in range(1, trainer.global_step):
+    length = trainer.num_training_batches
+    # Of each epoch after its first batch, in the middle, before its last and at its end.
+    for step in (n for n in range(1, trainer.global_step) if n % length in (1, length // 2, length - 1, 0)):
         resumed = Diary()
         path = tmp_path / "kept" / f"step-step={step}.ckpt"
         fit(ImbalancedSamplerCallback(), keep, module=resumed, ckpt_path=path, **arguments | limits)

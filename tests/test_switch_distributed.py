@@ -1,13 +1,9 @@
 """The optimizer switch on two ranks: DDP, its variants, and FSDP2 on CPU.
 
-Importing takes most of a process's time, so `worker.py` trains each of the two groups below in one go. With
-LIGHTNING_TIPS_DEBUG set it also checks after each switch that the ranks have the same parameters.
+Two processes train each of the two groups below in one go. With LIGHTNING_TIPS_DEBUG set they also check after each
+switch that the ranks have the same parameters.
 """
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,9 @@ import torch
 from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core import parameter_hash
 
+import worker
 from harness import fit
-
-WORKER = Path(__file__).parent / "worker.py"
+from processes import on_two_ranks
 
 AT_EPOCH = {"trigger": "epoch", "at": 2}
 AT_STEP = {"trigger": "step", "at": 14, "lr": "auto"}  # in the middle of epoch 3
@@ -56,33 +52,23 @@ def checkpoint(name: str, step: int) -> str:
 
 
 def train(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs the worker; returns the results of rank 0 and those of rank 1."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), json.dumps(runs)],
-        env=environment | {"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,  # a rank that waits for the other for ever
-    )
-    assert done.returncode == 0, done.stdout[-12000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    """Returns the results of rank 0 and those of rank 1."""
+    return on_two_ranks(folder, worker.run_all, runs)
 
 
 # ---- DDP
 
 
 def ddp_runs() -> list[dict[str, Any]]:
-    at_step = plan("at-step", AT_STEP, keep="step")
-    chain = plan("chain", *CHAIN, keep="step")
+    at_step = plan("at-step", AT_STEP, keep=5)
+    chain = plan("chain", *CHAIN, keep=9)
     return [
         plan("plateau", {"trigger": "plateau"}, module="UnevenModule"),
         plan("at-epoch", AT_EPOCH),
         at_step,
         *resumed(at_step, 5, 15),
         chain,
-        *resumed(chain, 9, 17),
+        *resumed(chain, 9, 18),
         plan("branching", AT_STEP, module="BranchingModule", strategy="ddp_find_unused_parameters_true"),
         plan("unused", AT_STEP, strategy="ddp_find_unused_parameters_true"),
         plan("static", AT_STEP, strategy={"class": "DDPStrategy", "static_graph": True}),
@@ -131,7 +117,7 @@ def test_chain_switches_twice(ddp) -> None:
 
 @pytest.mark.parametrize(
     ("run", "step"),
-    [("at-step", 5), ("at-step", 15), ("chain", 9), ("chain", 17)],
+    [("at-step", 5), ("at-step", 15), ("chain", 9), ("chain", 18)],
     ids=["before", "after", "between", "in the warm-up after both"],
 )
 def test_ddp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(ddp, run: str, step: int) -> None:
@@ -150,8 +136,7 @@ def test_debug_mode_raises_on_every_rank_when_ranks_came_apart(ddp) -> None:
         assert rank["drift"]["error"].startswith("RuntimeError: 1 of 2 ranks have other parameters than rank 0 after: ")
 
 
-def test_spawned_processes_train_the_same(ddp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_spawned_processes_train_the_same(ddp, tmp_path: Path, capfd) -> None:
     # a lambda could not be sent to the processes
     switch = OptimizerSwitchCallback(partial(torch.optim.SGD, lr=0.05, momentum=0.9), **AT_EPOCH)
     trainer = fit(switch, folder=tmp_path, strategy="ddp_spawn", devices=2)
@@ -166,20 +151,20 @@ def fsdp_runs() -> list[dict[str, Any]]:
     strategy = {"class": "ModelParallelStrategy", "data_parallel_size": 2, "tensor_parallel_size": 1}
     whole = {"module": "ShardedModule", "strategy": strategy | {"save_distributed_checkpoint": False}}
     sharded = {"module": "ShardedModule", "strategy": strategy | {"save_distributed_checkpoint": True}}
-    at_step = [plan("whole", AT_STEP, keep="step", **whole), plan("sharded", AT_STEP, keep="step", **sharded)]
-    chain = plan("chain", *CHAIN, keep="step", **sharded)
+    at_step = [plan("whole", AT_STEP, keep=5, **whole), plan("sharded", AT_STEP, keep=5, **sharded)]
+    chain = plan("chain", *CHAIN, keep=9, **sharded)
     late = checkpoint("whole", 15)  # after the switch
     return [
         *(again for run in at_step for again in [run, *resumed(run, 5, 15)]),
         chain,
-        *resumed(chain, 9, 17),
+        *resumed(chain, 9, 18),
         plan("chain-ddp", *CHAIN, module="ShardedModule"),
         plan("goes-on", AT_EPOCH, more=2, **sharded),
         plan("goes-on-ddp", AT_EPOCH, more=2, module="ShardedModule"),
         plan("five-steps", AT_EPOCH, max_steps=5, **sharded),
-        plan("validated-whole", AT_STEP, resume=late, keep="step", validate=checkpoint("whole", 5), **whole),
-        plan("validated-sharded", AT_STEP, resume=late, keep="step", validate=checkpoint("sharded", 5), **sharded),
-        plan("wrong", AT_STEP | {"at": 16}, resume=late, keep="step", raises=True, **whole),
+        plan("validated-whole", AT_STEP, resume=late, keep=5, validate=checkpoint("whole", 5), **whole),
+        plan("validated-sharded", AT_STEP, resume=late, keep=5, validate=checkpoint("sharded", 5), **sharded),
+        plan("wrong", AT_STEP | {"at": 16}, resume=late, keep=5, raises=True, **whole),
     ]
 
 
@@ -211,7 +196,7 @@ def test_fsdp_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(fsdp, kind: 
     assert fsdp[0][f"{kind}-from-{step}"] == fsdp[0]["whole"]
 
 
-@pytest.mark.parametrize("step", [9, 17], ids=["between", "in the warm-up after both"])
+@pytest.mark.parametrize("step", [9, 18], ids=["between", "in the warm-up after both"])
 def test_fsdp_chain_resumed_equals_the_uninterrupted_one(fsdp, step: int) -> None:
     assert fsdp[0][f"chain-from-{step}"] == fsdp[0]["chain"]
 

@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from test_optimizer_switch import Gan, Scripted, Trace, kinds, long_epochs, sgd, watched_sgd, when
 from torch.optim import SGD, Adam, Muon
 from torch.optim import lr_scheduler as S
 
 from lightning_tips import OptimizerSwitchCallback as Switch
 
 from harness import STEPS_A_EPOCH, PlainData, PlainModule, assert_same, bits, build, every_epoch, fit
+from switching import Gan, Scripted, Trace, kinds, long_epochs, sgd, watched_sgd, when
 
 # The checkpoints were written by a run that kept more of them, or that had another switch.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -1,9 +1,5 @@
 """Transfer learning: what trains, what stays as it is to the bit, and when that changes."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,9 @@ from lightning_tips.transfer import (
 )
 from lightning_tips.transfer.freeze import modules_to_hold
 
+import worker
 from harness import STEPS_A_EPOCH, PlainModule, assert_same, bits, every_step, fit
-
-WORKER = Path(__file__).parent / "worker.py"
-
+from processes import on_two_ranks
 
 # ---- frozen
 
@@ -201,8 +196,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     gate = {"schedule": "lp_ft", "monitor": "val_loss", "patience": 1, "phase_epochs": 1}
     long = {"schedule": "lp_ft", "phase_epochs": 3}
     runs = [
-        plan("ddp", {}, arguments={"keep": "step"}),
-        plan("again", {}, arguments={"keep": "step"}, resume="ddp/checkpoints/step-step=6.ckpt"),
+        plan("ddp", {}, arguments={"keep": 6}),
+        plan("again", {}, arguments={"keep": 6}, resume="ddp/checkpoints/step-step=6.ckpt"),
         plan("unused", {}, arguments=unused),
         plan("static", {}, arguments={"strategy": {"class": "DDPStrategy", "static_graph": True}}),
         plan("views", {}, arguments={"strategy": {"class": "DDPStrategy", "gradient_as_bucket_view": True}}),
@@ -221,25 +216,16 @@ def test_two_ranks(tmp_path: Path) -> None:
             raises=True,
         ),
     ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path), json.dumps(runs)],
-        env=environment | {"LIGHTNING_TIPS_DEBUG": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    first, second = on_two_ranks(tmp_path, worker.run_all, runs)
     for name in ("ddp", "again", "unused", "static", "views", "branching", "live", "cached"):
         assert first[name] == second[name], name
         assert first[name]["events"][0], name
     for name in ("again", "unused", "static", "views"):
         assert first[name] == first["ddp"], name
     assert first["cached"] == first["plain"]
-    assert done.stdout.count("samples' features") == 1  # of rank 0
-    assert "not cached" not in done.stdout
+    printed = "".join(path.read_text() for path in tmp_path.glob("printed-*.txt"))
+    assert printed.count("samples' features") == 1  # of rank 0
+    assert "not cached" not in printed
     assert first["gate"]["hash"] == second["gate"]["hash"]
     assert first["gate"]["events"] == second["gate"]["events"]
     assert len(first["gate"]["events"][0]) == 2

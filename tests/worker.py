@@ -1,33 +1,42 @@
-"""Trains with tips as a script of its own: for DDP and FSDP2, which start it again for each rank, and to be killed.
+"""Trains with tips, in processes that `processes.py` starts: to be killed, or as ranks of DDP and FSDP2.
 
-    python worker.py FOLDER TIPS ARGUMENTS [CHECKPOINT]   one run
-    python worker.py FOLDER RUNS                          several, one after the other: imports take longest
-
-All but the folder are JSON. TIPS is a list of ``[name of a tip in the settings table, changed arguments]``. ARGUMENTS
-go to the Trainer, but for:
+``tips`` is a list of ``[name of a tip in the settings table, changed arguments]``. ``arguments`` go to the Trainer, but
+for:
 
 * ``module``: name of a module in `harness.py`, instead of the one that the rows ask for
 * ``callbacks``: names of callbacks there
 * ``strategy``: a name, or ``{"class": "DDPStrategy", ...}`` with the class's arguments
-* ``keep``: ``"step"`` or ``"epoch"``, how often to write a checkpoint
-
-RUNS is a list of ``{"name", "tips", "arguments"}``, each with a folder ``name`` of its own, and perhaps
-
-* ``resume``: a checkpoint, relative to the folder
-* ``raises``: true, when the run must end with an error
-* ``more``: epochs to go on afterwards with the same Trainer; ``validate``: a checkpoint to validate afterwards
-
-Each rank writes ``rank-<n>.json``: for one run its result, for several a dict of results by name.
+* ``keep``: every how many steps to write a checkpoint; or ``"epoch"``
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import allowed_warnings
+import lightning.pytorch.strategies
 
-allowed_warnings.apply()
+from lightning_tips.core import find_tips, parameter_hash
+
+import harness
+from settings import SETTINGS, make
+
+
+def run_all(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs, one after the other; their results by name.
+
+    Args:
+        folder: Gets a folder for each.
+        runs: A list of ``{"name", "tips", "arguments"}``, perhaps with more that `run` takes. Checkpoints, ``resume``
+            and ``validate``, are relative to the folder.
+    """
+    results: dict[str, Any] = {}
+    for wanted in runs:
+        options = dict(wanted)
+        name, resume, validate = options.pop("name"), options.pop("resume", ""), options.pop("validate", "")
+        options["ckpt_path"] = folder / resume if resume else None
+        options["validate"] = folder / validate if validate else None
+        results[name] = run(folder / name, **options)
+        results[name].pop("rank")
+    return results
 
 
 def run(
@@ -39,22 +48,25 @@ def run(
     more: int = 0,
     validate: Path | None = None,
 ) -> dict[str, Any]:
-    """One run; what this rank has to say of it."""
-    import lightning.pytorch.strategies
+    """One run; what this rank has to say of it.
 
-    from lightning_tips.core import find_tips, parameter_hash
-
-    import harness
-    from settings import SETTINGS, make
-
+    Args:
+        folder: Of the run.
+        tips: See above.
+        arguments: See above.
+        ckpt_path: Where to go on from.
+        raises: Whether it may end with an error, which is told.
+        more: Epochs to go on afterwards with the same Trainer.
+        validate: A checkpoint to validate afterwards.
+    """
     arguments = dict(arguments)
     rows = {setting.name: setting for setting in SETTINGS}
     parts, _ = make(*((rows[name], changes) for name, changes in tips))
     callbacks: list[Any] = [part for part in parts if isinstance(part, harness.Callback)]
     callbacks += [getattr(harness, name)() for name in arguments.pop("callbacks", [])]
-    keep = {"step": harness.every_step, "epoch": harness.every_epoch}.get(arguments.pop("keep", ""))
-    if keep is not None:
-        callbacks.append(keep(folder / "checkpoints"))
+    if keep := arguments.pop("keep", None):
+        kept = folder / "checkpoints"
+        callbacks.append(harness.every_epoch(kept) if keep == "epoch" else harness.every_step(kept, keep))
     if isinstance(strategy := arguments.get("strategy"), dict):
         options = {key: value for key, value in strategy.items() if key != "class"}
         arguments["strategy"] = getattr(lightning.pytorch.strategies, strategy["class"])(**options)
@@ -88,22 +100,3 @@ def run(
         "rank": trainer.global_rank,
         "error": error,
     }
-
-
-if __name__ == "__main__":
-    folder, *rest = sys.argv[1:]
-    if len(rest) == 1:
-        results: dict[str, Any] = {}
-        for wanted in json.loads(rest[0]):
-            name, resume, validate = wanted.pop("name"), wanted.pop("resume", None), wanted.pop("validate", None)
-            results[name] = run(
-                Path(folder, name),
-                ckpt_path=Path(folder, resume) if resume else None,
-                validate=Path(folder, validate) if validate else None,
-                **wanted,
-            )
-            rank = results[name].pop("rank")
-    else:
-        results = run(Path(folder), json.loads(rest[0]), json.loads(rest[1]), Path(rest[2]) if rest[2:] else None)
-        rank = results.pop("rank")
-    Path(folder, f"rank-{rank}.json").write_text(json.dumps(results))

@@ -1,6 +1,6 @@
 """Every use of a private attribute of Lightning, one of torch's loaders, and nothing else.
 
-Those that the members of an ensemble take are in `lightning_private_members.py`. `tests/test_lightning_private.py`
+Those that the members of an ensemble take are in `lightning_private_members.py`. `tests/test_lightning_private*.py`
 fails when Lightning changes one of them.
 """
 

@@ -1,6 +1,6 @@
 """A LightningModule that runs inside another one's Trainer: the private attributes of Lightning that this takes.
 
-Beside `lightning_private.py` the only place of such uses; `tests/test_lightning_private.py` looks at both.
+Beside `lightning_private.py` the only place of such uses; `tests/test_lightning_private*.py` looks at both.
 """
 
 from __future__ import annotations

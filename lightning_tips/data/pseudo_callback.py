@@ -88,7 +88,7 @@ class PseudoLabelCallback(MixingTip):
         per_class: int | None = None,
         balance: Literal["labelled", "uniform", "none"] | list[float] = "labelled",
         align: bool = False,
-        teacher: nn.Module | list[str] | str = "current",
+        teacher: Literal["current", "best"] | nn.Module | list[str] | str = "current",
         teacher_checkpoint: str | None = None,
         outputs: Outputs = "auto",
         epoch_size: int | None = None,
