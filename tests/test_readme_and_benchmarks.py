@@ -229,11 +229,11 @@ def test_throughput_and_accuracy_of_augmentation_in_their_smallest_form(tmp_path
 def test_pseudo_labels_and_replay_in_their_smallest_form(tmp_path: Path, capsys) -> None:
     pseudo = load(ROOT / "benchmarks/data/pseudo_labels.py")
     arguments = ["--smoke", "--seeds", "0", f"--out={tmp_path / 'pseudo.csv'}", f"--folder={tmp_path}"]
-    rows = pseudo.main([*arguments, "--arms", "supervised", "ensemble_teacher", "hurt"])
-    assert [row["accepted"] != "" for row in rows] == [False, True, True]
+    rows = pseudo.main([*arguments, "--arms", "supervised", "guarded", "mixed_teacher", "hurt"])
+    assert [row["accepted"] != "" for row in rows] == [False, True, True, True]
     assert len({row["steps"] for row in rows}) == 1
-    assert len(pseudo.main([*arguments, "--arms", "supervised"])) == 3  # what is done is not run again
-    assert "ensemble_teacher:" in capsys.readouterr().out
+    assert len(pseudo.main([*arguments, "--arms", "supervised"])) == 4  # what is done is not run again
+    assert "mixed_teacher, 30:" in capsys.readouterr().out
     replay = load(ROOT / "benchmarks/data/replay.py")
     arguments = ["--smoke", "--seeds", "0", f"--out={tmp_path / 'replay.csv'}", f"--folder={tmp_path}"]
     rows = replay.main([*arguments, "--arms", "share_0", "share_0.5_memory_80"])
