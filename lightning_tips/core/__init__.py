@@ -3,7 +3,7 @@
 from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.confusion import as_classes, confusion_matrix, recalls
 from lightning_tips.core.distributed import agree, check_ranks_agree, do_ranks_agree, gather_rows, parameter_hash
-from lightning_tips.core.epoch_sampler import EpochSampler
+from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
@@ -33,6 +33,7 @@ __all__ = [
     "FitRecord",
     "Kept",
     "Monitor",
+    "OrderedSampler",
     "Outputs",
     "RemovedBlock",
     "ReplacedStep",
