@@ -22,10 +22,12 @@ from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy, wrap_again
 from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
+from lightning_tips.core.validation import CaughtLog
 from lightning_tips.core.warmup import ScaledSteps, carry_shares, scale_again, scale_steps, warm_up
 
 __all__ = [
     "ActsOn",
+    "CaughtLog",
     "EpochSampler",
     "Event",
     "EventValue",
