@@ -137,7 +137,6 @@ class BatchAugmentationCallback(TipCallback):
         self._indices: list[int] | None = None  # of the running batch's samples in the dataset
         self._unknown: str | None = None  # why these cannot be told, or do not tell samples apart
         self._said_place = False
-        self._take_back: Callable[[], None] | None = None
         self._tried = False  # whether a batch of this fit went through
         self._to_show = False  # whether the contact sheet waits for its batch
 
@@ -165,12 +164,11 @@ class BatchAugmentationCallback(TipCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what can be known before there are batches; has the loader tell which samples they will hold."""
-        self._release()
         check_last_epochs(trainer, self.last_epochs_off)
         if self.mixup or self.cutmix:
             refuse_hard_losses(pl_module)
         if self.sample_key is None:
-            self._take_back = record_train_indices(trainer)
+            self.on_release(record_train_indices(trainer))
 
     # ---- training
 
@@ -379,20 +377,10 @@ class BatchAugmentationCallback(TipCallback):
 
     # ---- the end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves training step and loaders as they were."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves training step and loaders as they were."""
-        self._release()
-
-    def _release(self) -> None:
+        super().release()
         self._release_step()
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
     def _release_step(self) -> None:
         if self._step is not None:

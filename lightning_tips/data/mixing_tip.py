@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,7 +35,6 @@ class MixingTip(TipCallback):
         self.seed = seed
         self.sampler: MixedSampler | None = None
         """What chooses the training samples, once training has begun."""
-        self._take_back: Callable[[], None] | None = None
 
     # ---- what a subclass says
 
@@ -71,7 +69,6 @@ class MixingTip(TipCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what cannot work, and stands between."""
-        self._release()
         require_strategy(trainer, self)
         self.sampler = None
         name = type(self).__name__
@@ -93,22 +90,8 @@ class MixingTip(TipCallback):
             self.mixed(loader)
             return [loader]
 
-        self._take_back = replace_train_loaders(trainer, change)
+        self.on_release(replace_train_loaders(trainer, change))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets loaders be made when it is known where to go on."""
         forget_train_loaders(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -67,7 +66,6 @@ class PartCallback(TipCallback):
         self._prints: list[str] = []
         self._samplers: list[EpochSampler] = []
         self._resumed_from: list[str] = []
-        self._take_back: Callable[[], None] | None = None
 
     @abstractmethod
     def choose(self, groups: Any) -> NDArray[np.int64]:
@@ -121,7 +119,6 @@ class PartCallback(TipCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stands between the training data and the Trainer."""
-        self._release()
         self.chosen, self._how, self._prints, self._samplers = [], [], [], []
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise MisconfigurationException(
@@ -136,7 +133,7 @@ class PartCallback(TipCallback):
             self._samplers = [s for loader, _, _ in made if isinstance(s := loader.sampler, EpochSampler)]
             return [loader for loader, _, _ in made]
 
-        self._take_back = replace_train_loaders(trainer, change, first=True)
+        self.on_release(replace_train_loaders(trainer, change, first=True))
 
     def _cut(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> tuple[DataLoader[Any], str, str]:
         """The loader of the part, how it was chosen, and a hash of it."""
@@ -208,22 +205,6 @@ class PartCallback(TipCallback):
         if not self.events:
             for part, how in self._parts():
                 self.record(trainer, f"a part of the data, {how}", samples=len(part), of=len(part.dataset))  # type: ignore[arg-type]
-
-    # ---- the end
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
 
 def print_of_part(indices: NDArray[np.int64]) -> str:

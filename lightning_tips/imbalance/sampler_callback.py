@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -82,7 +81,6 @@ class ImbalancedSamplerCallback(TipCallback):
         self.samplers: list[ImbalancedSampler] = []
         """One for each training loader, once training has begun."""
         self._resumed_from: dict[str, Any] | None = None
-        self._take_back: Callable[[], None] | None = None
         # What can be known to be wrong without data.
         ImbalancedSampler([0, 1], strategy if isinstance(strategy, str) else "oversample", num_samples, seed)
 
@@ -135,7 +133,6 @@ class ImbalancedSamplerCallback(TipCallback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stands between the training data and the Trainer."""
-        self._release()
         self.samplers = []
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise MisconfigurationException(
@@ -148,7 +145,7 @@ class ImbalancedSamplerCallback(TipCallback):
             self.samplers = [loader.sampler for loader in changed if isinstance(loader.sampler, ImbalancedSampler)]
             return changed
 
-        self._take_back = replace_train_loaders(trainer, change)
+        self.on_release(replace_train_loaders(trainer, change))
 
     def _balance(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
         if isinstance(loader.sampler, ImbalancedBatchSampler) and loader.batch_size != loader.sampler.batch_size:
@@ -246,22 +243,6 @@ class ImbalancedSamplerCallback(TipCallback):
             drawn = sampler.draws_per_class()[: len(sampler.counts)]
             picture = f"class_balance_{number}" if number else "class_balance"
             show_balance(trainer, sampler.counts, drawn, "drawn an epoch", names, picture)
-
-    # ---- the end
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
 
 class ImbalancedSamplerMixin(TipMixin):

@@ -230,7 +230,6 @@ class OptimizerSwitchCallback(TipCallback):
         """Checks what can be known before anything is built."""
         require_strategy(trainer, self)
         self._checkpoint_options = None
-        self._release()
         chain = [
             tip
             for tip in callbacks_of(trainer)
@@ -378,16 +377,9 @@ class OptimizerSwitchCallback(TipCallback):
     def _count_step(self, *_: Any) -> None:
         self._steps += 1
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go of the module's optimizers."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Lets go of the module's optimizers: it may hand the same ones to the next fit."""
-        self._release()
-
-    def _release(self) -> None:
+        super().release()
         if self._guard is not None:
             self._guard.remove()
             self._guard = None

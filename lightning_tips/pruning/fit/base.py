@@ -215,7 +215,6 @@ class PruningCallback(TaughtTip):
         """Checks what can be known before anything is built."""
         super().prepare(trainer, pl_module)
         checks.check_run(trainer, self)
-        self._leave()
         if self.module is not None:
             find_network(pl_module, self.module)
 
@@ -368,16 +367,9 @@ class PruningCallback(TaughtTip):
 
     # ---- the end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves the module without hooks."""
-        super().on_exception(trainer, pl_module, exception)
-        self._leave()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module without hooks."""
-        self._leave()
-
-    def _leave(self) -> None:
+        super().release()
         self._captured()
         self._drop_teacher()
         if self._accepts is not None:

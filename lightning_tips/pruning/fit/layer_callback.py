@@ -119,7 +119,6 @@ class LayerPruningCallback(RanksByMetric):
         self.mode: Literal["min", "max"] = mode
         self._validation = Sample(samples, sample_megabytes)
         check_target(self.target)
-        self._configures: Callable[[], None] | None = None
         if not callable(criterion) and criterion not in CRITERIA:
             raise ValueError(f"There is no criterion {criterion!r}. {did_you_mean(str(criterion), CRITERIA)}")
         if blocks_per_step is not None and blocks_per_step < 1:
@@ -196,14 +195,8 @@ class LayerPruningCallback(RanksByMetric):
         super().setup(trainer, pl_module, stage)
         if belongs_to(trainer, self):
             self._before_load = {id(parameter) for parameter in pl_module.parameters()}
-            if stage == "fit" and self._configures is None:
-                self._configures = configure_with_blocks(pl_module)
-
-    def _leave(self) -> None:
-        super()._leave()
-        if self._configures is not None:
-            self._configures()
-            self._configures = None
+            if stage == "fit":
+                self.on_release(configure_with_blocks(pl_module))
 
     def conflict_with(self, other: object) -> str | None:
         """Whoever knows parameters by their names."""
