@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from lightning_tips.core import CaughtLog, did_you_mean
 from lightning_tips.pruning.blocks.find import set_module
 from lightning_tips.pruning.fit.base import PruningCallback
-from lightning_tips.pruning.fit.capture import Sample, is_validation_of_fit, mapped
+from lightning_tips.pruning.fit.capture import is_validation_of_fit, mapped
 from lightning_tips.pruning.networks.copies import plain_copy
 from lightning_tips.pruning.networks.runs import device_of, moved
 
@@ -100,7 +100,6 @@ class RanksByMetric(PruningCallback):
     """Keeps validation batches for ``criterion="metric"``. The attributes are those of `LayerPruningCallback`."""
 
     criterion: str | Callable[[nn.Module], float]
-    _validation: Sample
 
     # ---- state
 
@@ -108,16 +107,6 @@ class RanksByMetric(PruningCallback):
         """Forgets the last run."""
         super().reset()
         self._evaluation: Callable[[], Callable[[nn.Module], float]] | None = None
-        self._validation.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data for the checkpoint."""
-        return super().state_dict() | {"validation": self._validation.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes up :meth:`state_dict`."""
-        super().restore(state)
-        self._validation.load_state_dict(state["validation"])
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a criterion that looks at validation before there is any."""
