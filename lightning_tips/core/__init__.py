@@ -10,6 +10,7 @@ from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
 from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
 from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
+from lightning_tips.core.logit_watcher import LogitWatcher
 from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
@@ -34,6 +35,7 @@ __all__ = [
     "Fit",
     "FitRecord",
     "Kept",
+    "LogitWatcher",
     "Monitor",
     "OrderedSampler",
     "Outputs",
