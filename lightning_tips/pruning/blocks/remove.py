@@ -330,6 +330,6 @@ def _nothing(model: nn.Module, left_out: Mapping[str, str]) -> str:
 def _try(model: nn.Module, example_inputs: Any, forward: Forward | None, chosen: Mapping[str, str]) -> None:
     twin = copy_network(model)
     inputs, _ = prepare_inputs(twin, example_inputs, samples=2)
-    with nothing_remembered(twin):
+    with nothing_remembered():
         if problem := try_without(twin, inputs, forward or call, chosen):
             raise ValueError(f"{', '.join(chosen)} cannot be taken out together: {problem}.")
