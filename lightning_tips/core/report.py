@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_tips.core.history import note_metrics
 from lightning_tips.core.loggers import log_picture, log_rows, report_folder
 from lightning_tips.core.messages import say
 from lightning_tips.core.plot import plot_run
@@ -50,13 +51,8 @@ class RunReportCallback(pl.Callback):
         self._note(trainer)
 
     def _note(self, trainer: pl.Trainer) -> None:
-        row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        row |= {f"lr/{i}": max(float(g["lr"]) for g in o.param_groups) for i, o in enumerate(trainer.optimizers)}
-        row |= {name: float(v) for name, v in trainer.callback_metrics.items() if not name.endswith("_step")}
-        if self._rows and self._rows[-1]["step"] == row["step"]:
-            self._rows[-1].update(row)
-        else:
-            self._rows.append(row)
+        rates = {f"lr/{i}": max(float(g["lr"]) for g in o.param_groups) for i, o in enumerate(trainer.optimizers)}
+        note_metrics(self._rows, trainer, **rates)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the report."""

@@ -126,7 +126,7 @@ def repeated(inputs: Any) -> Any:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Without the fused layers of nn.MultiheadAttention, which are one operation that nothing can look into."""
+    """Without the fused layers of nn.MultiheadAttention: one operation, which nothing can look into or count."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
