@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_tips.augmentation.address import UNKNOWN_SIZE, Address, batch_size_of, by_place, own_numbers
-from lightning_tips.core import TipCallback, next_indices, record_train_indices, say, unknown_indices
+from lightning_tips.core import TipCallback, next_indices, record_train_indices, sampler_ranks, say, unknown_indices
 
 __all__ = ["SampleFinder"]
 
@@ -82,8 +82,7 @@ class SampleFinder(TipCallback):
     def _address(self, trainer: pl.Trainer, later: int = 0) -> Address:
         """Where the running batch stands, in this epoch or in one ``later``."""
         epoch = trainer.current_epoch + later
-        # Not of the world: ranks that share one model (tensor parallel) must see the same images.
-        place = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        place = sampler_ranks(trainer)
         return Address(self.seed, epoch, self._batch_idx, self._batch_size, place["num_replicas"], place["rank"])
 
     def _numbers(self, trainer: pl.Trainer, batch: Any, count: int) -> NDArray[np.int64] | None:

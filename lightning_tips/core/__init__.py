@@ -2,14 +2,21 @@
 
 from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.confusion import as_classes, confusion_matrix, recalls
-from lightning_tips.core.distributed import agree, check_ranks_agree, do_ranks_agree, gather_rows, parameter_hash
+from lightning_tips.core.distributed import (
+    agree,
+    check_ranks_agree,
+    do_ranks_agree,
+    gather_rows,
+    parameter_hash,
+    sampler_ranks,
+)
 from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
 from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
-from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
+from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.logit_watcher import LogitWatcher
 from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
@@ -70,6 +77,7 @@ __all__ = [
     "inputs_of",
     "install",
     "keep_indices",
+    "leaves_files",
     "log_numbers",
     "log_picture",
     "log_rows",
@@ -92,6 +100,7 @@ __all__ = [
     "resumable",
     "run_fits",
     "same_random_numbers",
+    "sampler_ranks",
     "say",
     "scale_again",
     "scale_steps",

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_tips.core.history import note_metrics
-from lightning_tips.core.loggers import log_picture, log_rows, report_folder
+from lightning_tips.core.loggers import leaves_files, log_picture, log_rows, report_folder
 from lightning_tips.core.messages import say
 from lightning_tips.core.plot import plot_run
 from lightning_tips.core.tip import find_tips
@@ -64,7 +64,7 @@ class RunReportCallback(pl.Callback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not leaves_files(trainer):
             return
         target = report_folder(trainer)
         events = sorted((e for tip in find_tips(trainer) for e in tip.events), key=lambda e: e.step)

@@ -29,6 +29,7 @@ from lightning_tips.core import (
     find_labels,
     replace_train_loaders,
     resumable,
+    sampler_ranks,
 )
 from lightning_tips.core.lightning_private import forget_train_loaders, with_dataset
 
@@ -159,9 +160,7 @@ class PartCallback(TipCallback):
             )
         given = loader.sampler
         shuffle = not isinstance(given, SequentialSampler) and bool(getattr(given, "shuffle", True))
-        # Not of the world: ranks that share one model (tensor parallel) train on the same samples.
-        ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        sampler = EpochSampler(len(indices), self.seed, shuffle, **ranks)
+        sampler = EpochSampler(len(indices), self.seed, shuffle, **sampler_ranks(trainer))
         part = Subset(dataset, indices.tolist())
         return resumable(with_dataset(loader, part, sampler, _drop_last(loader, len(sampler)))), how, print_
 

@@ -17,6 +17,7 @@ from lightning_tips.core import (
     confusion_matrix,
     find_tips,
     gather_rows,
+    leaves_files,
     log_picture,
     recalls,
     render_table,
@@ -208,7 +209,7 @@ class ClassReportCallback(LogitWatcher):
         if not self._table:
             return
         say(trainer, self._table)
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.confusion is not None:
+        if leaves_files(trainer) and self.confusion is not None:
             path = report_folder(trainer) / "confusion.png"
             plot_confusion(self.confusion, self._names, path)
             log_picture(trainer, "tips/confusion", path)

@@ -21,6 +21,7 @@ from lightning_tips.core import (
     find_labels,
     replace_train_loaders,
     resumable,
+    sampler_ranks,
 )
 from lightning_tips.core.lightning_private import forget_train_loaders, with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
@@ -194,7 +195,7 @@ class ImbalancedSamplerCallback(TipCallback):
             "num_samples": self.num_samples,
             "seed": self.seed,
             # Not of the world: ranks that share one model (tensor parallel) train on the same samples.
-            **(trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}),
+            **sampler_ranks(trainer),
             "beta": self.beta,
             "threshold": self.threshold,
         }

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips.core import say
+from lightning_tips.core import leaves_files, say
 from lightning_tips.pruning.fit import checks
 from lightning_tips.pruning.fit.distillation import Task
 from lightning_tips.pruning.fit.filter_steps import FilterSteps
@@ -188,7 +188,7 @@ class FilterPruningCallback(FilterSteps):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the channels of each layer, before and after, as table, file and picture."""
-        if self._channels and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if self._channels and leaves_files(trainer):
             if not self._finished:
                 say(trainer, f"The target of {type(self).__name__} is not reached; the run ended before its next step.")
             whole, left = self._by_sample(self._reference), self._by_sample(self._cost)

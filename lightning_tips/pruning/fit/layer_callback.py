@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from lightning_tips.core import TipCallback, did_you_mean, render_table, report_folder, say
+from lightning_tips.core import TipCallback, did_you_mean, leaves_files, render_table, report_folder, say
 from lightning_tips.core.tip import belongs_to
 from lightning_tips.pruning.blocks.find import find_blocks
 from lightning_tips.pruning.blocks.optimizers import configure_with_blocks, keep_parameters
@@ -296,7 +296,7 @@ class LayerPruningCallback(RanksByMetric):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves what was taken out, and what the network costs before and after, as table and file."""
-        if self._removed and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if self._removed and leaves_files(trainer):
             self._write_report(trainer)
         super().on_fit_end(trainer, pl_module)
 
