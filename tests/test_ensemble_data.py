@@ -60,7 +60,7 @@ def test_sampler_goes_on_where_it_is_told(monkeypatch) -> None:
     assert list(sampler) == whole
     ranks = []
     for rank in (0, 1):
-        monkeypatch.setattr("lightning_tips.ensemble.data._world", lambda rank=rank: (2, rank))
+        monkeypatch.setattr("lightning_tips.core.epoch_sampler._world", lambda rank=rank: (2, rank))
         ranks.append(list(sampler))
     assert [index for pair in zip(*ranks, strict=True) for index in pair][:11] == whole
     assert [len(sampler), len(ranks[0]), len(ranks[1])] == [6, 6, 6]

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_tips.augmentation.address import UNKNOWN_SIZE, Address, batch_size_of, by_place, own_numbers
 from lightning_tips.augmentation.batch import augment_batch, check_images
 from lightning_tips.augmentation.checks import check_arguments, check_last_epochs, warn_if_never_off
 from lightning_tips.augmentation.geometry import Padding
@@ -22,6 +19,7 @@ from lightning_tips.augmentation.metrics import hard_targets_for, index_metrics
 from lightning_tips.augmentation.mix import mix_batch
 from lightning_tips.augmentation.policies import Policy, Step, describe_policy, read_policy
 from lightning_tips.augmentation.preview import changing_first, contact_sheet
+from lightning_tips.augmentation.samples import SampleFinder
 from lightning_tips.augmentation.shortcut import Shortcut, ShortcutWatch, belong_to
 from lightning_tips.augmentation.surroundings import (
     chosen_classes,
@@ -34,25 +32,21 @@ from lightning_tips.augmentation.surroundings import (
 from lightning_tips.core import (
     ActsOn,
     ReplacedStep,
-    TipCallback,
     agree,
     inputs_of,
     log_picture,
-    next_indices,
-    record_train_indices,
     replace_inputs,
     replace_targets,
     report_folder,
     say,
     targets_of,
-    unknown_indices,
 )
 
 PREVIEWED = 8  # images in the contact sheet
 FORMS = 3  # of each
 
 
-class BatchAugmentationCallback(TipCallback):
+class BatchAugmentationCallback(SampleFinder):
     """Augments training batches on the device, each sample with parameters of its own, without an edit to the module.
 
     What becomes of a sample depends on ``seed``, the epoch and the sample, which is known by its place in the dataset:
@@ -110,6 +104,7 @@ class BatchAugmentationCallback(TipCallback):
     ) -> None:
         steps = read_policy(policy)
         check_arguments(steps, mixup, cutmix, only_classes, last_epochs_off, padding)
+        super().__init__(seed, sample_key)
         # A name stays one: a named policy adapts itself to images that are not RGB.
         self.policy: Policy = policy if isinstance(policy, str) else steps
         self.mixup = mixup
@@ -120,10 +115,8 @@ class BatchAugmentationCallback(TipCallback):
         self.num_classes = num_classes
         self.value_range = value_range
         self.padding: Padding = padding
-        self.seed = seed
         self.input_key = input_key
         self.target_key = target_key
-        self.sample_key = sample_key
         self.shortcut: Shortcut | None = None
         """What the probe found in the last validation, with ``only_classes``."""
         self._steps: list[Step] = steps
@@ -132,12 +125,6 @@ class BatchAugmentationCallback(TipCallback):
         self._metrics: list[Metric] = []  # of the module, that cannot take mixed targets
         self._step: ReplacedStep | None = None
         self._watch: ShortcutWatch | None = None
-        self._batch_idx = 0
-        self._batch_size = UNKNOWN_SIZE
-        self._indices: list[int] | None = None  # of the running batch's samples in the dataset
-        self._unknown: str | None = None  # why these cannot be told, or do not tell samples apart
-        self._said_place = False
-        self._take_back: Callable[[], None] | None = None
         self._tried = False  # whether a batch of this fit went through
         self._to_show = False  # whether the contact sheet waits for its batch
 
@@ -161,16 +148,13 @@ class BatchAugmentationCallback(TipCallback):
         """Forgets the last run."""
         super().reset()
         self.shortcut = None
-        self._said_place = False
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks what can be known before there are batches; has the loader tell which samples they will hold."""
-        self._release()
+        """Checks what can be known before there are batches."""
+        super().prepare(trainer, pl_module)
         check_last_epochs(trainer, self.last_epochs_off)
         if self.mixup or self.cutmix:
             refuse_hard_losses(pl_module)
-        if self.sample_key is None:
-            self._take_back = record_train_indices(trainer)
 
     # ---- training
 
@@ -180,10 +164,7 @@ class BatchAugmentationCallback(TipCallback):
         self._tried = False
         warn_if_never_off(trainer, self.last_epochs_off)
         self._to_show = trainer.global_step == 0 and self.preview and not getattr(trainer, "fast_dev_run", False)
-        loader = trainer.train_dataloader
-        self.look_at(loader, pl_module, trainer.world_size)
-        if self.sample_key is None and self._unknown and not hasattr(getattr(loader, "sampler", None), "set_position"):
-            self._say_place(trainer, self._unknown)
+        self.look_at(trainer.train_dataloader, pl_module, trainer.world_size)
         self._chosen, self._classes = agree(trainer, (self._chosen, self._classes))
         if self._chosen is not None:
             self._watch = ShortcutWatch(
@@ -196,12 +177,8 @@ class BatchAugmentationCallback(TipCallback):
             self.record(trainer, self.describe())
 
     def look_at(self, loader: Any, pl_module: pl.LightningModule, world_size: int = 1) -> None:
-        """Learns what it must know of the training data.
-
-        That is how its samples are known and, where they are needed, the classes.
-        """
-        self._batch_size = batch_size_of(loader)
-        self._unknown = unknown_indices(loader, world_size)
+        """Learns how the samples are known and, where they are needed, the classes."""
+        super().look_at(loader, pl_module, world_size)
         self._chosen = chosen_classes(self.only_classes, loader, self.target_key)
         if self.mixup or self.cutmix:
             self._classes = self.num_classes or number_of_classes(pl_module, loader, self.target_key)
@@ -210,18 +187,6 @@ class BatchAugmentationCallback(TipCallback):
         """Says when it goes off."""
         if self.last_epochs_off and self._is_off(trainer) and not any(event.what == "off" for event in self.events):
             self.record(trainer, "off")
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes which batch it is: not every training step is told."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.begin_batch(trainer.train_dataloader, batch_idx)
-
-    def begin_batch(self, loader: Any, batch_idx: int) -> None:
-        """Notes which batch of the loader comes now, and which samples it holds."""
-        indices = next_indices(loader)
-        self._batch_idx, self._indices = batch_idx, None if self._unknown else indices
 
     def _is_off(self, trainer: pl.Trainer) -> bool:
         return bool(self.last_epochs_off) and trainer.current_epoch >= (trainer.max_epochs or 0) - self.last_epochs_off
@@ -267,7 +232,7 @@ class BatchAugmentationCallback(TipCallback):
         self, trainer: pl.Trainer, batch: Any, images: Tensor, later: int = 0, rows: list[int] | None = None
     ) -> Tensor:
         """The images in the form that they have in this epoch, or in one ``later``; on request only some ``rows``."""
-        seeds = self._address(trainer, later).sample_seeds(len(images), self._numbers(trainer, batch, len(images)))
+        seeds = self._sample_seeds(trainer, batch, len(images), later)
         belong = None if self._chosen is None else belong_to(targets_of(batch, self.target_key), self._chosen)
         if rows is not None:
             images, seeds, belong = images[rows], seeds[rows], None if belong is None else belong[rows]
@@ -278,32 +243,11 @@ class BatchAugmentationCallback(TipCallback):
             result[belong] = self._apply(images[belong], seeds[belong.cpu()])
         return result
 
-    def _numbers(self, trainer: pl.Trainer, batch: Any, count: int) -> NDArray[np.int64] | None:
-        """By what each sample is known; None: by its place in the epoch's order."""
-        if self.sample_key is not None:
-            return own_numbers(batch, self.sample_key)
-        if self._indices is not None and len(self._indices) != count:
-            self._say_place(trainer, f"a batch of {len(self._indices)} samples holds {count} images")
-            return None
-        return None if self._indices is None else np.array(self._indices, np.int64)
-
-    def _say_place(self, trainer: pl.Trainer, why: str) -> None:
-        if not self._said_place:
-            self._said_place = True
-            say(trainer, f"{type(self).__name__}: {by_place(why)}")
-
     def _apply(self, images: Tensor, seeds: Tensor) -> Tensor:
         # Values are looked at in the first batch only: that needs a pass over them, and on a GPU waits for it.
         return augment_batch(
             images, self.policy, seeds, value_range=self.value_range, padding=self.padding, check=False
         )
-
-    def _address(self, trainer: pl.Trainer, later: int = 0) -> Address:
-        """Where the running batch stands, in this epoch or in one ``later``."""
-        epoch = trainer.current_epoch + later
-        # Not of the world: ranks that share one model (tensor parallel) must see the same images.
-        place = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        return Address(self.seed, epoch, self._batch_idx, self._batch_size, place["num_replicas"], place["rank"])
 
     def _mix(self, trainer: pl.Trainer, batch: Any) -> Any:
         images, targets = inputs_of(batch, self.input_key), targets_of(batch, self.target_key)
@@ -379,22 +323,12 @@ class BatchAugmentationCallback(TipCallback):
 
     # ---- the end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves training step and loaders as they were."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves training step and loaders as they were."""
-        self._release()
-
-    def _release(self) -> None:
+        super().release()
         self._release_step()
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
     def _release_step(self) -> None:
         if self._step is not None:
             self._step.remove()
-        self._step = self._watch = self._indices = None
+        self._step = self._watch = None

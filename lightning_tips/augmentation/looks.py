@@ -14,16 +14,28 @@ from lightning_tips.augmentation.operation import Array, Operation, Range, betwe
 __all__ = ["Blur", "Brightness", "ColourOperation", "Contrast", "Erase", "Hue", "Saturation"]
 
 
+@dataclass(frozen=True)
 class ColourOperation(Operation):
-    """One that maps each pixel's colour, linearly, by one factor for each sample."""
+    """One that maps each pixel's colour, linearly, by one factor for each sample.
 
+    Attributes:
+        amount: 0.2 for factors from 0.8 to 1.2; or the pair of factors itself.
+    """
+
+    amount: Range = 0.2
     neutral: ClassVar[float] = 1.0
     """The factor that changes nothing."""
+    bounds: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    """Of the factors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._interval("amount", self.neutral, *self.bounds)
 
     @property
     def interval(self) -> tuple[float, float]:
         """The factors' range."""
-        return self.amount  # type: ignore[attr-defined]
+        return self.amount  # type: ignore[return-value]
 
     def factors(self, numbers: Array) -> Array:
         """(B,), from uniform numbers (B, NUMBERS)."""
@@ -38,12 +50,6 @@ class Brightness(ColourOperation):
         amount: 0.2 for factors from 0.8 to 1.2; or the pair of factors itself.
     """
 
-    amount: Range = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._interval("amount", 1.0, 0.0, math.inf)
-
 
 @dataclass(frozen=True)
 class Contrast(ColourOperation):
@@ -52,12 +58,6 @@ class Contrast(ColourOperation):
     Attributes:
         amount: 0.2 for factors from 0.8 to 1.2; or the pair of factors itself.
     """
-
-    amount: Range = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._interval("amount", 1.0, 0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,7 @@ class Saturation(ColourOperation):
         amount: 0.2 for factors from 0.8 to 1.2; or the pair of factors itself.
     """
 
-    amount: Range = 0.2
     rgb_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._interval("amount", 1.0, 0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -90,10 +85,7 @@ class Hue(ColourOperation):
     amount: Range = 0.05
     rgb_only: ClassVar[bool] = True
     neutral: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._interval("amount", 0.0, -0.5, 0.5)
+    bounds: ClassVar[tuple[float, float]] = (-0.5, 0.5)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning_tips.compare.arms import Arm
 from lightning_tips.compare.statistics import Mode, holm, paired_difference, spread, verdict
 from lightning_tips.core import did_you_mean
+from lightning_tips.core.history import json_numbers
 
 __all__ = ["COSTS", "Score", "collect", "hopeless", "score_of", "summarize"]
 
@@ -167,7 +168,7 @@ def collect(
         "arms": rows,
     }
     result["notes"] = _notes(result)
-    return dict(_plain(result))
+    return dict(json_numbers(result))
 
 
 def _cost(
@@ -261,11 +262,3 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
     first = ("better", "worse", "no measurable")
     order = sorted(by_verdict, key=lambda v: ([not v.startswith(words) for words in first], v))
     return [f"{found[0].upper()}{found[1:]}: {', '.join(by_verdict[found])}." for found in order]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,14 +2,23 @@
 
 from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.confusion import as_classes, confusion_matrix, recalls
-from lightning_tips.core.distributed import agree, check_ranks_agree, do_ranks_agree, gather_rows, parameter_hash
-from lightning_tips.core.epoch_sampler import EpochSampler
+from lightning_tips.core.distributed import (
+    agree,
+    check_ranks_agree,
+    do_ranks_agree,
+    gather_rows,
+    parameter_hash,
+    sampler_ranks,
+)
+from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
+from lightning_tips.core.loader_tip import LoaderTip
 from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
-from lightning_tips.core.loggers import log_numbers, log_picture, log_rows, report_folder
+from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
+from lightning_tips.core.logit_watcher import LogitWatcher
 from lightning_tips.core.messages import did_you_mean, say
 from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
@@ -22,17 +31,23 @@ from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy, wrap_again
 from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
+from lightning_tips.core.untouched import same_random_numbers, unchanged
+from lightning_tips.core.validation import CaughtLog
 from lightning_tips.core.warmup import ScaledSteps, carry_shares, scale_again, scale_steps, warm_up
 
 __all__ = [
     "ActsOn",
+    "CaughtLog",
     "EpochSampler",
     "Event",
     "EventValue",
     "Fit",
     "FitRecord",
     "Kept",
+    "LoaderTip",
+    "LogitWatcher",
     "Monitor",
+    "OrderedSampler",
     "Outputs",
     "RemovedBlock",
     "ReplacedStep",
@@ -64,6 +79,7 @@ __all__ = [
     "inputs_of",
     "install",
     "keep_indices",
+    "leaves_files",
     "log_numbers",
     "log_picture",
     "log_rows",
@@ -85,6 +101,8 @@ __all__ = [
     "resize_to",
     "resumable",
     "run_fits",
+    "same_random_numbers",
+    "sampler_ranks",
     "say",
     "scale_again",
     "scale_steps",
@@ -92,6 +110,7 @@ __all__ = [
     "split_train_loader",
     "stored_labels",
     "targets_of",
+    "unchanged",
     "unknown_indices",
     "warm_up",
     "wrap_again",

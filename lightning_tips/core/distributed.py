@@ -21,6 +21,14 @@ def debugging() -> bool:
     return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
+def sampler_ranks(trainer: pl.Trainer) -> dict[str, int]:
+    """``num_replicas`` and ``rank`` for a sampler of the run.
+
+    Not those of the world: ranks that share one model (tensor parallel) see the same samples.
+    """
+    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+
 def agree(trainer: pl.Trainer, value: T) -> T:
     """Rank 0's value, on every rank.
 

@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_tips.core.history import json_numbers, note_metrics
+
 if sys.platform != "win32":  # which has no such lock, and does not tell the peak memory
     import fcntl
     import resource
@@ -122,12 +124,7 @@ class FitRecord(pl.Callback):
         self._note(trainer)
 
     def _note(self, trainer: pl.Trainer) -> None:
-        row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        row |= {name: float(v) for name, v in trainer.callback_metrics.items() if not name.endswith("_step")}
-        if self._rows and self._rows[-1]["step"] == row["step"]:
-            self._rows[-1].update(row)
-        else:
-            self._rows.append(row)
+        note_metrics(self._rows, trainer)
 
     def _now(self) -> dict[str, float]:
         if self._began is None:
@@ -165,15 +162,7 @@ class FitRecord(pl.Callback):
             **self._spent,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(_plain(written), indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        self.path.write_text(json.dumps(json_numbers(written), indent=1) + "\n")
 
 
 def _peak_megabytes(device: torch.device) -> float:

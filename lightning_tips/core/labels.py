@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from tqdm.auto import tqdm
 
 from lightning_tips.core.batch import targets_of
+from lightning_tips.core.untouched import same_random_numbers
 
 __all__ = ["as_labels", "bin_targets", "class_counts", "find_labels"]
 
@@ -223,7 +222,7 @@ def _transformed(labels: Any, transform: Any, convert: Callable[[Any], Array]) -
     if kept.ndim != 1:
         return convert([np.asarray(transform(row)) for row in kept])
     known, places = np.unique(kept, return_inverse=True)
-    with _untouched_generators():
+    with same_random_numbers():  # augmentation in a dataset draws from the global generators
         return convert([transform(label) for label in known.tolist()])[places]
 
 
@@ -234,7 +233,7 @@ def _one_pass(dataset: Any, target_key: str | None, progress: bool, convert: Cal
         cache = {}
     key = (target_key, convert.__name__)
     if key not in cache:
-        with _untouched_generators():
+        with same_random_numbers():
             numbers = tqdm(
                 range(len(dataset)),
                 desc=f"Reading the labels of {type(dataset).__name__}",
@@ -256,15 +255,3 @@ def _label(sample: Any, dataset: Any, target_key: str | None) -> Any:
             " `targets`, or pass the labels to the sampler."
         ) from error
     return label.tolist() if isinstance(label, torch.Tensor | np.ndarray) else label
-
-
-@contextmanager
-def _untouched_generators() -> Iterator[None]:
-    """Puts the global random generators back afterwards: augmentation in a dataset draws from them."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)

@@ -49,7 +49,7 @@ def replace_train_loaders(
             samples there are.
 
     Returns:
-        A function that takes it back; to be called in ``teardown`` and ``on_exception``.
+        A function that takes it back, for ``on_release`` of a tip.
     """
 
     def change_all(loaders: Any) -> CombinedLoader:
@@ -81,7 +81,7 @@ def split_train_loader(
         split: Takes the one loader and returns others by name. Called each time that the Trainer asks for it.
 
     Returns:
-        A function that takes it back; to be called in ``teardown`` and ``on_exception``.
+        A function that takes it back, for ``on_release`` of a tip.
     """
 
     def change(loaders: Any) -> CombinedLoader:

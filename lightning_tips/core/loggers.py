@@ -15,6 +15,11 @@ from lightning_tips.core.lightning_private import logging_step
 _folders: WeakKeyDictionary[pl.Trainer, Path] = WeakKeyDictionary()
 
 
+def leaves_files(trainer: pl.Trainer) -> bool:
+    """Whether tips leave files: on rank 0, and not in a ``fast_dev_run``."""
+    return trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+
+
 def report_folder(trainer: pl.Trainer) -> Path:
     """Where tips leave their files: ``tips`` in the folder of the first logger's run.
 

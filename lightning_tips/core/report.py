@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_tips.core.loggers import log_picture, log_rows, report_folder
+from lightning_tips.core.history import note_metrics
+from lightning_tips.core.loggers import leaves_files, log_picture, log_rows, report_folder
 from lightning_tips.core.messages import say
 from lightning_tips.core.plot import plot_run
 from lightning_tips.core.tip import find_tips
@@ -50,13 +51,8 @@ class RunReportCallback(pl.Callback):
         self._note(trainer)
 
     def _note(self, trainer: pl.Trainer) -> None:
-        row = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        row |= {f"lr/{i}": max(float(g["lr"]) for g in o.param_groups) for i, o in enumerate(trainer.optimizers)}
-        row |= {name: float(v) for name, v in trainer.callback_metrics.items() if not name.endswith("_step")}
-        if self._rows and self._rows[-1]["step"] == row["step"]:
-            self._rows[-1].update(row)
-        else:
-            self._rows.append(row)
+        rates = {f"lr/{i}": max(float(g["lr"]) for g in o.param_groups) for i, o in enumerate(trainer.optimizers)}
+        note_metrics(self._rows, trainer, **rates)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the report."""
@@ -68,7 +64,7 @@ class RunReportCallback(pl.Callback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if not leaves_files(trainer):
             return
         target = report_folder(trainer)
         events = sorted((e for tip in find_tips(trainer) for e in tip.events), key=lambda e: e.step)

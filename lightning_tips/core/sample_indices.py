@@ -30,7 +30,7 @@ def record_train_indices(trainer: pl.Trainer) -> Callable[[], None]:
         trainer: The trainer, from ``setup`` on.
 
     Returns:
-        A function that takes it back; to be called in ``teardown`` and ``on_exception``.
+        A function that takes it back, for ``on_release`` of a tip.
     """
     changed: list[tuple[DataLoader[Any], type[DataLoader[Any]]]] = []
 

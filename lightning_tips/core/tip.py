@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -54,6 +55,7 @@ class TipCallback(pl.Callback):
     """The DataModule that this tip came with (see :class:`~lightning_tips.core.mixin.TipMixin`), or the module, which
     returns it from ``configure_callbacks``. With another DataModule or module it leaves the Trainer."""
 
+    _changes: list[Callable[[], None]]
     _started_epoch = -1
     _stage = "fit"
     _prepared = False
@@ -62,6 +64,7 @@ class TipCallback(pl.Callback):
         """Gives each tip its list of events, whatever its ``__init__`` does."""
         self = super().__new__(cls)
         self.events = []
+        self._changes = []
         return self
 
     # ---- what a subclass says and does
@@ -98,6 +101,19 @@ class TipCallback(pl.Callback):
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The start of every fit, before optimizers are made and a checkpoint is loaded: the time for checks."""
+
+    def release(self) -> None:
+        """Leaves module, loaders and Trainer as they were found, but for the weights.
+
+        Called at the end of every run, after an error, and once more before the next fit is prepared. What
+        :meth:`on_release` was told of is done here; a subclass that holds on to more overrides this.
+        """
+        while self._changes:
+            self._changes.pop()()
+
+    def on_release(self, take_back: Callable[[], None]) -> None:
+        """Has :meth:`release` take back a change that this tip has made."""
+        self._changes.append(take_back)
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where a tip acts: before the first batch of every training epoch, once, after the last one's validation."""
@@ -146,12 +162,18 @@ class TipCallback(pl.Callback):
                 if trainer.global_step == 0:
                     tip.reset()
             for tip in tips:
+                tip.release()
                 tip.prepare(trainer, pl_module)
         self._prepared = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The next fit prepares anew."""
+        """Lets go of everything; the next fit prepares anew."""
         self._prepared = False
+        self.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of everything."""
+        self.release()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the epoch."""

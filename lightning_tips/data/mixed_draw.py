@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
-import torch.distributed
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import DistributedSampler
 
-from lightning_tips.core import SeekableSampler
+from lightning_tips.core import OrderedSampler, SeekableSampler
 
 __all__ = ["MixedSampler", "draw_mixed", "draw_weighted", "natural_share"]
 
@@ -101,13 +98,12 @@ def natural_share(main: int, extra: int, share: float) -> float:
     return min(share, extra / max(main + extra, 1))
 
 
-class MixedSampler(DistributedSampler[Any]):
+class MixedSampler(OrderedSampler):
     """Batches of two sets of samples, each with a given share of the second one.
 
     The order of an epoch depends on (seed, epoch), the share and the second set alone. Rank ``r`` of ``W`` takes the
-    batches ``r, r + W, ...`` of it, so that each rank's batches have the share. Because it is a ``DistributedSampler``,
-    Lightning leaves it alone and calls ``set_epoch``; it can begin anywhere (``SeekableSampler``). The order is made
-    when the first index is asked for, so the second set may change until then.
+    batches ``r, r + W, ...`` of it, so that each rank's batches have the share. The order is made when the first index
+    is asked for, so the second set may change until then.
 
     Args:
         main: How many samples the first set has, their indices being ``range(main)``; or a sampler of them, whose order
@@ -137,15 +133,11 @@ class MixedSampler(DistributedSampler[Any]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        # DistributedSampler's own __init__ wants a dataset, and the process group before a DataModule can have it.
-        if isinstance(seed, bool) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed={seed} must be 0 or more.")
+        super().__init__(seed, num_replicas, rank)
         if size < 1 or batch_size < 1:
             raise ValueError(f"size={size} and batch_size={batch_size} must be at least 1.")
-        self.main, self.size, self.batch_size, self.seed = main, int(size), int(batch_size), int(seed)
-        self._num_replicas, self._rank = num_replicas, rank
-        self.shuffle, self.drop_last, self.epoch = True, False, 0
-        self._start: tuple[int, int] | None = None
+        self.main, self.batch_size = main, int(batch_size)
+        self.epoch_size = self.size = int(size)
         self.set_extra([], 0.0)
 
     def set_extra(self, indices: ArrayLike, share: float, weights: ArrayLike | None = None) -> None:
@@ -167,56 +159,7 @@ class MixedSampler(DistributedSampler[Any]):
         self.extra, self.share = extra, float(share)
         self.weights = None if weights is None else np.asarray(weights, np.float64)
 
-    # ---- ranks
-
-    @property
-    def num_replicas(self) -> int:
-        """The number of ranks."""
-        return self._num_replicas if self._num_replicas is not None else _world()[0]
-
-    @num_replicas.setter
-    def num_replicas(self, value: int | None) -> None:
-        self._num_replicas = value
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self._rank if self._rank is not None else _world()[1]
-
-    @rank.setter
-    def rank(self, value: int | None) -> None:
-        self._rank = value
-
-    @property
-    def num_samples(self) -> int:  # type: ignore[override]
-        """Samples that one rank draws in an epoch, the same number on each."""
-        return -(-self.size // self.num_replicas)
-
-    @property
-    def total_size(self) -> int:  # type: ignore[override]
-        """Samples that all ranks draw in an epoch."""
-        return self.num_samples * self.num_replicas
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    # ---- where to begin
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration draws."""
-        self.epoch = int(epoch)
-
-    def set_position(self, epoch: int, position: int) -> None:
-        """Lets the next iteration of ``epoch`` begin after ``position`` samples of this rank."""
-        self.set_epoch(epoch)
-        self._start = (int(epoch), int(position))
-
     # ---- the draw
-
-    def __iter__(self) -> Iterator[int]:
-        start, self._start = self._start, None
-        mine = self.indices()
-        yield from mine[start[1] if start and start[0] == self.epoch else 0 :].tolist()
 
     def indices(self) -> Array:
         """What this rank draws in the epoch that was set: (len(self),) int64."""
@@ -253,9 +196,3 @@ def _alone_class(kind: type) -> type:
     """A sampler's class for a world of one rank, whether it keeps its world or asks for it."""
     one = {"num_replicas": property(lambda _: 1), "rank": property(lambda _: 0)}
     return type(f"Alone{kind.__name__}", (kind,), one)
-
-
-def _world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0

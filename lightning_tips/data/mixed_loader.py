@@ -22,7 +22,15 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_tips.core import SeekableSampler, did_you_mean, inputs_of, replace_targets, resumable, targets_of
+from lightning_tips.core import (
+    SeekableSampler,
+    did_you_mean,
+    inputs_of,
+    replace_targets,
+    resumable,
+    sampler_ranks,
+    targets_of,
+)
 from lightning_tips.core.lightning_private import with_dataset
 from lightning_tips.data.mixed_draw import MixedSampler
 
@@ -242,7 +250,6 @@ def mixed_loader(
             f"{asker} cannot choose the samples of a training loader with batch_sampler="
             f"{type(loader.batch_sampler).__name__}(...) or without batches. Give the DataLoader batch_size=..."
         )
-    ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     main: int | SeekableSampler = len(loader.dataset)  # type: ignore[arg-type]
     drawn = len(sampler)  # type: ignore[arg-type]
     if isinstance(sampler, DistributedSampler):
@@ -251,7 +258,9 @@ def mixed_loader(
         main = sampler
     elif type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler):
         rank_zero_info(f"{asker} replaces the {type(sampler).__name__} of the training loader.")
-    mixed = MixedSampler(main, size(drawn) if callable(size) else size, loader.batch_size, seed, **ranks)
+    mixed = MixedSampler(
+        main, size(drawn) if callable(size) else size, loader.batch_size, seed, **sampler_ranks(trainer)
+    )
     changed = with_dataset(loader, dataset, mixed)
     if not isinstance(changed, _Late):
         changed.__class__ = _late_class(type(changed))  # type: ignore[arg-type]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_tips.core import ActsOn, TipCallback, replace_train_loaders, require_strategy
-from lightning_tips.core.lightning_private import forget_train_loaders
+from lightning_tips.core import ActsOn, LoaderTip, require_strategy
 from lightning_tips.data.mixed_draw import MixedSampler
 from lightning_tips.data.mixed_loader import mixed_loader
 
 __all__ = ["MixingTip"]
 
 
-class MixingTip(TipCallback):
+class MixingTip(LoaderTip):
     """Stands between the one training loader of a run and the Trainer.
 
     Args:
@@ -36,7 +34,6 @@ class MixingTip(TipCallback):
         self.seed = seed
         self.sampler: MixedSampler | None = None
         """What chooses the training samples, once training has begun."""
-        self._take_back: Callable[[], None] | None = None
 
     # ---- what a subclass says
 
@@ -70,45 +67,20 @@ class MixingTip(TipCallback):
         return None
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses what cannot work, and stands between."""
-        self._release()
+        """Refuses what cannot work."""
         require_strategy(trainer, self)
         self.sampler = None
+        super().prepare(trainer, pl_module)
+
+    def change_loaders(self, trainer: pl.Trainer, loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
+        """Mixes the second set into the one that there is."""
         name = type(self).__name__
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"overfit_batches repeats the first batches, into which {name} cannot mix anything. Leave out one of"
-                " them, or use limit_train_batches."
-            )
-
-        def change(loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
-            if len(loaders) != 1:
-                raise MisconfigurationException(f"{name} works with one training loader, not with {len(loaders)}.")
-            dataset = self.mixture(trainer, loaders[0])
-            size = self.usual_size if self.epoch_size is None else self.epoch_size
-            begin = lambda: self.begin_epoch(trainer)  # noqa: E731
-            loader = mixed_loader(trainer, loaders[0], dataset, size, self.seed, name, begin)
-            assert isinstance(loader.sampler, MixedSampler)
-            self.sampler = loader.sampler
-            self.mixed(loader)
-            return [loader]
-
-        self._take_back = replace_train_loaders(trainer, change)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets loaders be made when it is known where to go on."""
-        forget_train_loaders(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
+        if len(loaders) != 1:
+            raise MisconfigurationException(f"{name} works with one training loader, not with {len(loaders)}.")
+        dataset = self.mixture(trainer, loaders[0])
+        size = self.usual_size if self.epoch_size is None else self.epoch_size
+        loader = mixed_loader(trainer, loaders[0], dataset, size, self.seed, name, lambda: self.begin_epoch(trainer))
+        assert isinstance(loader.sampler, MixedSampler)
+        self.sampler = loader.sampler
+        self.mixed(loader)
+        return [loader]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,21 +23,21 @@ from torch.utils.data import (
 from lightning_tips.core import (
     ActsOn,
     EpochSampler,
-    TipCallback,
+    LoaderTip,
     bin_targets,
     do_ranks_agree,
     find_labels,
-    replace_train_loaders,
     resumable,
+    sampler_ranks,
 )
-from lightning_tips.core.lightning_private import forget_train_loaders, with_dataset
+from lightning_tips.core.lightning_private import with_dataset
 
 __all__ = ["PartCallback", "print_of_part", "stratification"]
 
 BINS = 10
 
 
-class PartCallback(TipCallback):
+class PartCallback(LoaderTip):
     """Gives each training DataLoader a ``Subset`` in place of its dataset, in any run. Subclasses say which.
 
     It comes before everything else that changes the training loaders. The order of an epoch depends on the seed and the
@@ -56,6 +55,7 @@ class PartCallback(TipCallback):
 
     tip = "data"
     acts_on = ActsOn.DATA
+    comes_first = True
 
     def __init__(self, seed: int, stratify: bool, target_key: str | None) -> None:
         self.seed = seed
@@ -65,9 +65,7 @@ class PartCallback(TipCallback):
         """The part of each training loader, once training has begun."""
         self._how: list[str] = []
         self._prints: list[str] = []
-        self._samplers: list[EpochSampler] = []
         self._resumed_from: list[str] = []
-        self._take_back: Callable[[], None] | None = None
 
     @abstractmethod
     def choose(self, groups: Any) -> NDArray[np.int64]:
@@ -120,23 +118,16 @@ class PartCallback(TipCallback):
     # ---- the part
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stands between the training data and the Trainer."""
-        self._release()
-        self.chosen, self._how, self._prints, self._samplers = [], [], [], []
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"overfit_batches trains on the first batches alone, which leaves {type(self).__name__} nothing to"
-                " choose. Leave out one of them."
-            )
+        """Forgets the last part."""
+        super().prepare(trainer, pl_module)
+        self.chosen, self._how, self._prints = [], [], []
 
-        def change(loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
-            made = [self._cut(trainer, loader) for loader in loaders]
-            self.chosen = [loader.dataset for loader, _, _ in made]  # type: ignore[misc]
-            self._how, self._prints = [how for _, how, _ in made], [found for _, _, found in made]
-            self._samplers = [s for loader, _, _ in made if isinstance(s := loader.sampler, EpochSampler)]
-            return [loader for loader, _, _ in made]
-
-        self._take_back = replace_train_loaders(trainer, change, first=True)
+    def change_loaders(self, trainer: pl.Trainer, loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
+        """Cuts them."""
+        made = [self._cut(trainer, loader) for loader in loaders]
+        self.chosen = [loader.dataset for loader, _, _ in made]  # type: ignore[misc]
+        self._how, self._prints = [how for _, how, _ in made], [found for _, _, found in made]
+        return [loader for loader, _, _ in made]
 
     def _cut(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> tuple[DataLoader[Any], str, str]:
         """The loader of the part, how it was chosen, and a hash of it."""
@@ -162,9 +153,7 @@ class PartCallback(TipCallback):
             )
         given = loader.sampler
         shuffle = not isinstance(given, SequentialSampler) and bool(getattr(given, "shuffle", True))
-        # Not of the world: ranks that share one model (tensor parallel) train on the same samples.
-        ranks = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        sampler = EpochSampler(len(indices), self.seed, shuffle, **ranks)
+        sampler = EpochSampler(len(indices), self.seed, shuffle, **sampler_ranks(trainer))
         part = Subset(dataset, indices.tolist())
         return resumable(with_dataset(loader, part, sampler, _drop_last(loader, len(sampler)))), how, print_
 
@@ -190,15 +179,6 @@ class PartCallback(TipCallback):
                 " balance the classes put ImbalancedSamplerCallback among the callbacks, which balances the part."
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets loaders be made when it is known where to go on."""
-        forget_train_loaders(trainer)
-
-    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws the epoch that it is: Lightning's own count leaves one out on a resume where steps are counted."""
-        for sampler in self._samplers:
-            sampler.set_epoch(trainer.current_epoch)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tells once what the part is."""
         super().on_train_start(trainer, pl_module)
@@ -208,22 +188,6 @@ class PartCallback(TipCallback):
         if not self.events:
             for part, how in self._parts():
                 self.record(trainer, f"a part of the data, {how}", samples=len(part), of=len(part.dataset))  # type: ignore[arg-type]
-
-    # ---- the end
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
 
 def print_of_part(indices: NDArray[np.int64]) -> str:

@@ -12,14 +12,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_tips.core import Outputs, as_classes, confusion_matrix, gather_rows, recalls
+from lightning_tips.core import LogitWatcher, as_classes, confusion_matrix, gather_rows, recalls
 
 __all__ = ["ClassRecallRecord"]
 
 MOST_CLASSES = 1000
 
 
-class ClassRecallRecord(pl.Callback):
+class ClassRecallRecord(LogitWatcher):
     """Writes a JSON file at the end of fit: which share of each class every validation found.
 
     Works for every module whose ``forward`` returns logits and whose ``validation_step`` calls it: they are looked at
@@ -35,9 +35,8 @@ class ClassRecallRecord(pl.Callback):
     """
 
     def __init__(self, target_key: str | None = None, path: str | None = None) -> None:
-        self.target_key = target_key
+        super().__init__(target_key)
         self.path = path
-        self._outputs = Outputs()
         self._reset()
 
     def _reset(self) -> None:
@@ -48,39 +47,23 @@ class ClassRecallRecord(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets the last run."""
-        self._outputs.close()
         if stage == "fit" and trainer.global_step == 0:
             self._reset()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watches what ``forward`` returns."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._problem is None:
-            self._outputs.watch(pl_module, tolerant=True)
+    def watches(self, trainer: pl.Trainer) -> bool:
+        """In fit, until there is a problem."""
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and self._problem is None
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps logits and targets of the first validation loader."""
-        if dataloader_idx or self._problem is not None:
-            return
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps logits and targets, where there are some."""
         try:
-            self._outputs.keep(batch, self.target_key)
+            super().on_validation_batch_end(*args, **kwargs)
         except (KeyError, TypeError, AttributeError) as error:
             self._problem = f"no targets were found in the validation batches: {error.args[0] if error.args else error}"
+            self._outputs.close()
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def watched(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: tuple[Tensor, Tensor] | None) -> None:
         """Counts. All ranks find the same problem, because it is one of types and shapes."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        seen = self._outputs.close()
-        if self._problem is not None:
-            return
         if seen is None:
             self._problem = (
                 f"no logits were seen: validation_step of {type(pl_module).__name__} does not call self(...), or that"
@@ -121,17 +104,12 @@ class ClassRecallRecord(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the file."""
-        self._outputs.close()
         if not trainer.is_global_zero:
             return
         problem = self._problem if self._rows or self._problem else "no validation ran"
         path = Path(self.path or Path(trainer.default_root_dir, "recalls.json"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.state_dict() | {"problem": problem, "names": _names(trainer)}) + "\n")
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the module alone again."""
-        self._outputs.close()
 
 
 def _names(trainer: pl.Trainer) -> list[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
+
+from lightning_tips.core import unchanged
 
 __all__ = ["untouched"]
 
@@ -28,22 +28,14 @@ def untouched(trainer: pl.Trainer, *networks: nn.Module, log: Callable[..., None
         *networks: What is going to be run.
         log: Takes the place of ``log`` of the LightningModules among them.
     """
-    modes = [(part, part.training) for network in networks for part in network.modules()]
-    buffers = [(b, b.detach().clone()) for network in networks for b in network.buffers()]
-    python, numpy_state = random.getstate(), np.random.get_state()
     logging = [part for network in networks for part in network.modules() if isinstance(part, pl.LightningModule)]
     # One that has a ``log`` of its own sends it on to another: that stays, unless nothing is to be logged.
     logging = [part for part in logging if log is None or part in networks or "log" not in vars(part)]
     own = [(part, vars(part)["log"]) for part in logging if "log" in vars(part)]
     stage = trainer.state.stage
-    devices = {
-        b.device.index or 0 for n in networks for b in [*n.parameters(), *n.buffers()] if b.device.type == "cuda"
-    }
-    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+    with unchanged(*networks), torch.no_grad():
         try:
             trainer.state.stage = RunningStage.VALIDATING
-            for network in networks:
-                network.eval()
             for module in logging:
                 module.__dict__["log"] = log or _log_nothing
             yield
@@ -53,13 +45,6 @@ def untouched(trainer: pl.Trainer, *networks: nn.Module, log: Callable[..., None
                 module.__dict__.pop("log", None)
             for module, before_it in own:
                 module.__dict__["log"] = before_it
-            for part, training in modes:
-                part.training = training
-            for buffer, before in buffers:
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
-            random.setstate(python)
-            np.random.set_state(numpy_state)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

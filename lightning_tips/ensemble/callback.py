@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_tips.core import ActsOn, TipCallback, find_tips, log_picture, report_folder
+from lightning_tips.core import ActsOn, TipCallback, find_tips, leaves_files, log_picture, report_folder
 from lightning_tips.ensemble.data import MemberSampler
 from lightning_tips.ensemble.plots import plot_weights
 
@@ -98,7 +98,7 @@ class EnsembleCallback(TipCallback):
         if ensemble.task != "regression":
             details["temperature"] = float(ensemble.vote_temperature)
         self.record(trainer, "weights of the vote", **details)
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if leaves_files(trainer):
             path = report_folder(trainer) / "ensemble_weights.png"
             names = [f"{i} {type(member).__name__}" for i, member in enumerate(ensemble.members)]
             plot_weights(weights, path, names, ensemble.member_scores, "validation accuracy")

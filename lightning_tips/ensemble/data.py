@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import torch.distributed
 from numpy.typing import NDArray
 from torch.utils.data import (
     BatchSampler,
@@ -17,7 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_tips.core import class_counts, find_labels, resumable
+from lightning_tips.core import EpochSampler, class_counts, find_labels, resumable
 from lightning_tips.core.lightning_private import with_sampler
 
 __all__ = ["MemberData", "MemberSampler", "bootstrap", "majority_subset", "member_loaders"]
@@ -123,56 +121,19 @@ def member_loaders(
     return loaders
 
 
-class MemberSampler(DistributedSampler[Any]):
+class MemberSampler(EpochSampler):
     """An order of a member's samples that depends on (seed, member, epoch) alone, on any number of ranks.
 
-    Rank ``r`` of ``W`` takes the positions ``r, r + W, ...`` of one order, whose beginning is repeated at its end where
-    it does not divide. As it is a ``DistributedSampler``, Lightning leaves it alone and calls ``set_epoch``.
-
     Args:
-        indices: Which samples of the dataset the member sees, perhaps some of them several times.
+        samples: Which samples of the dataset the member sees, perhaps some of them several times.
         seed: The same for all members and ranks.
         member: Number of the member.
     """
 
-    def __init__(self, indices: Indices, seed: int, member: int) -> None:
-        # DistributedSampler's own __init__ wants a dataset, and the process group before there is one.
-        self.indices, self.seed, self.member = indices, seed, member
-        self.shuffle, self.drop_last = True, False
-        self.epoch = 0
-        self._start: tuple[int, int] | None = None
+    def __init__(self, samples: Indices, seed: int, member: int) -> None:
+        super().__init__(len(samples), seed)
+        self.samples, self.member = samples, member
 
-    @property
-    def num_replicas(self) -> int:  # type: ignore[override]
-        """The number of ranks."""
-        return _world()[0]
-
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        """This rank."""
-        return _world()[1]
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.num_replicas)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration draws."""
-        self.epoch = int(epoch)
-
-    def set_position(self, epoch: int, position: int) -> None:
-        """Lets the next iteration of ``epoch`` begin after ``position`` of its samples, to go on after a checkpoint."""
-        self.set_epoch(epoch)
-        self._start = (int(epoch), int(position))
-
-    def __iter__(self) -> Iterator[int]:
-        start, self._start = self._start, None
-        order = np.random.default_rng([self.seed, self.member, self.epoch, 3]).permutation(self.indices)
-        world, rank = self.num_replicas, self.rank
-        mine = np.resize(order, len(self) * world)[rank::world]
-        return iter(mine[start[1] if start and start[0] == self.epoch else 0 :].tolist())
-
-
-def _world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
+    def order(self) -> Indices:
+        """What all ranks draw together in the epoch that was set: (epoch_size,)."""
+        return np.random.default_rng([self.seed, self.member, self.epoch, 3]).permutation(self.samples)

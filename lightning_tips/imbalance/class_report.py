@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_tips.core import (
-    Outputs,
+    LogitWatcher,
     as_classes,
     confusion_matrix,
     find_tips,
     gather_rows,
+    leaves_files,
     log_picture,
     recalls,
     render_table,
@@ -53,7 +54,7 @@ class Correction:
         return correct_prior(logits, self.trained_prior, self.true_prior, strength=self.strength)
 
 
-class ClassReportCallback(pl.Callback):
+class ClassReportCallback(LogitWatcher):
     """Shows what the network does with each class, and corrects its probabilities where they are used.
 
     Works for every module whose ``forward`` returns logits and whose ``validation_step`` calls it: they are looked at
@@ -69,14 +70,15 @@ class ClassReportCallback(pl.Callback):
         target_key: Key of the targets in batches that are dicts, if it is none of the usual ones.
     """
 
+    tolerant = False
+
     def __init__(self, correct: bool = False, target_key: str | None = None) -> None:
+        super().__init__(target_key)
         self.correct = correct
-        self.target_key = target_key
         self.correction: Correction | None = None
         """Found in the last validation, or in the checkpoint that was loaded."""
         self.confusion: Tensor | None = None
         """(C, C) counts of the last validation over all ranks: true classes in rows, predicted ones in columns."""
-        self._outputs = Outputs()
         self._table = ""
         self._names: list[str] = []
         self._true: Tensor | None = None  # share of each class in the training data
@@ -97,7 +99,6 @@ class ClassReportCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts afresh with a new run."""
-        self._outputs.close()
         self._true = None
         if stage == "fit" and trainer.global_step == 0:
             self.correction, self.confusion, self._table = None, None, ""
@@ -110,29 +111,12 @@ class ClassReportCallback(pl.Callback):
                 " corrected. Add a val_dataloader and a validation_step."
             )
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watches what ``forward`` returns."""
-        if trainer.state.fn == TrainerFn.FITTING:  # in the sanity check, too: what cannot work is to be told at once
-            self._outputs.watch(pl_module)
+    def watches(self, trainer: pl.Trainer) -> bool:
+        """In fit; in the sanity check, too: what cannot work is to be told at once."""
+        return trainer.state.fn == TrainerFn.FITTING
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps logits and targets."""
-        if dataloader_idx == 0:
-            self._outputs.keep(batch, self.target_key)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def watched(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: tuple[Tensor, Tensor] | None) -> None:
         """Counts, fits and logs."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        seen = self._outputs.close()
         if seen is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} saw no logits in validation: validation_step of {type(pl_module).__name__} does"
@@ -225,7 +209,7 @@ class ClassReportCallback(pl.Callback):
         if not self._table:
             return
         say(trainer, self._table)
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.confusion is not None:
+        if leaves_files(trainer) and self.confusion is not None:
             path = report_folder(trainer) / "confusion.png"
             plot_confusion(self.confusion, self._names, path)
             log_picture(trainer, "tips/confusion", path)
@@ -251,12 +235,4 @@ class ClassReportCallback(pl.Callback):
                 f"predict_step of {type(pl_module).__name__} does not call self(...), so {type(self).__name__} could"
                 " not correct its predictions. Let it, or call the callback's `correction` on the logits."
             )
-        self._outputs.close()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the outputs alone again."""
-        self._outputs.close()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the outputs alone again."""
         self._outputs.close()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lightning_tips.core import log_picture, render_table, report_folder, say
+from lightning_tips.core import leaves_files, log_picture, render_table, report_folder, say
 
 MOST_ROWS = 20
 """Classes that the table names; of more than that, the largest and the smallest ones."""
@@ -37,7 +37,7 @@ def show_balance(
         names: Names of the classes.
         picture: File and logger name of the plot.
     """
-    if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+    if not leaves_files(trainer):
         return
     before, after = np.asarray(counts, float), np.asarray(seen, float)
     labels = [str(names[c]) if c < len(names) else str(c) for c in range(len(before))]

@@ -8,11 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch.distributed
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
-from lightning_tips.core import as_labels, class_counts, find_labels
+from lightning_tips.core import OrderedSampler, as_labels, class_counts, find_labels
 from lightning_tips.imbalance.draw import EpochOrder, Pool, build_pool, epoch_quotas
 from lightning_tips.imbalance.strategies import (
     Strategy,
@@ -27,12 +26,12 @@ __all__ = ["ImbalancedSampler"]
 Array = NDArray[Any]
 
 
-class ImbalancedSampler(DistributedSampler[Any]):
+class ImbalancedSampler(OrderedSampler):
     """Draws the samples of each class as often as a strategy says, the same on any number of ranks.
 
     Each class is drawn its exact share of every epoch, and each sample of a class equally often but for one. Rank
     ``r`` of ``W`` takes the positions ``r, r + W, r + 2W, ...`` of one global order, which no other random draw can
-    change. Because it is a ``DistributedSampler``, Lightning leaves it alone and calls ``set_epoch``.
+    change. As it is a ``DistributedSampler``, Lightning leaves it alone and calls ``set_epoch``.
 
     Args:
         labels: Class ids (N,), in any form; 0 and 1 (N, C) where a sample has several labels, which is then drawn by
@@ -77,93 +76,21 @@ class ImbalancedSampler(DistributedSampler[Any]):
         beta: float = 0.999,
         threshold: float | None = None,
     ) -> None:
-        # DistributedSampler's own __init__ wants a dataset, and the process group before a DataModule can have it.
-        if isinstance(seed, bool) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed={seed} must be 0 or more.")
+        super().__init__(seed, num_replicas, rank)
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1, or None for the strategy's own length.")
-        for name, value in (("num_replicas", num_replicas), ("rank", rank)):
-            if value is not None and value < (name == "num_replicas"):
-                raise ValueError(f"{name}={value} is too low.")
-        if num_replicas is not None and rank is not None and rank >= num_replicas:
-            raise ValueError(f"rank={rank} must be below num_replicas={num_replicas}.")
-        self._num_replicas, self._rank = num_replicas, rank
-        self.strategy, self.seed, self.drop_last, self.shuffle = strategy, int(seed), drop_last, True
+        self.strategy, self.drop_last = strategy, drop_last
         given = not isinstance(labels, Dataset) and (isinstance(labels, Sequence) or hasattr(labels, "__array__"))
         found = as_labels(labels) if given else find_labels(labels)
         self.counts: Array = class_counts(found)
         self._pool, self.mix = _pool_and_mix(found, self.counts, strategy, beta, threshold)
         self.epoch_size = num_samples or default_num_samples(self._pool.counts, self.mix, strategy)
-        self.epoch = 0
-        self._start: tuple[int, int] | None = None
         self._order: EpochOrder | None = None
-
-    # ---- ranks
-
-    @property
-    def num_replicas(self) -> int:
-        """The number of ranks."""
-        return self._num_replicas if self._num_replicas is not None else _world()[0]
-
-    @num_replicas.setter
-    def num_replicas(self, value: int | None) -> None:
-        self._num_replicas = value
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self._rank if self._rank is not None else _world()[1]
-
-    @rank.setter
-    def rank(self, value: int | None) -> None:
-        self._rank = value
-
-    @property
-    def num_samples(self) -> int:  # type: ignore[override]
-        """Samples that one rank draws in an epoch, the same number on each."""
-        world = self.num_replicas
-        return self.epoch_size // world if self.drop_last else -(-self.epoch_size // world)
-
-    @property
-    def total_size(self) -> int:  # type: ignore[override]
-        """Samples that all ranks draw in an epoch."""
-        return self.num_samples * self.num_replicas
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    # ---- where to begin
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration draws."""
-        if epoch < 0:
-            raise ValueError(f"epoch={epoch} must be 0 or more.")
-        self.epoch = int(epoch)
-
-    def set_position(self, epoch: int, position: int) -> None:
-        """Lets the next iteration of ``epoch`` begin in its middle, to go on after a checkpoint.
-
-        Also chooses the epoch. The position is forgotten when the first index of the next iteration has been asked
-        for, whichever epoch that one draws. The length stays that of a whole epoch.
-
-        Args:
-            epoch: The epoch.
-            position: How many samples of it this rank has had; at most ``len(self)``.
-
-        Raises:
-            ValueError: If there is no such place.
-        """
-        if not 0 <= position <= len(self):
-            raise ValueError(f"position={position} must lie in an epoch of {len(self)} samples a rank.")
-        self.set_epoch(epoch)
-        self._start = (int(epoch), int(position))
 
     # ---- the draw
 
     def __iter__(self) -> Iterator[int]:
-        start, self._start = self._start, None
-        epoch = self.epoch
-        for part in self._parts(epoch, start[1] if start and start[0] == epoch else 0, len(self)):
+        for part in self._parts(self.epoch, self._first(), len(self)):
             yield from part.tolist()
 
     def indices(self, epoch: int | None = None, start: int = 0, stop: int | None = None) -> Array:
@@ -221,12 +148,6 @@ class ImbalancedSampler(DistributedSampler[Any]):
             f"{type(self).__name__}(strategy={self.strategy!r}, classes={len(self.counts)},"
             f" epoch_size={self.epoch_size}, seed={self.seed})"
         )
-
-
-def _world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
 
 
 def _pool_and_mix(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,15 +14,15 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from lightning_tips.core import (
     ActsOn,
     EpochSampler,
-    TipCallback,
+    LoaderTip,
     TipMixin,
     bin_targets,
     do_ranks_agree,
     find_labels,
-    replace_train_loaders,
     resumable,
+    sampler_ranks,
 )
-from lightning_tips.core.lightning_private import forget_train_loaders, with_sampler
+from lightning_tips.core.lightning_private import with_sampler
 from lightning_tips.imbalance.batches import ImbalancedBatchSampler
 from lightning_tips.imbalance.counting import class_names
 from lightning_tips.imbalance.plots import show_balance
@@ -31,7 +30,7 @@ from lightning_tips.imbalance.sampler import ImbalancedSampler
 from lightning_tips.imbalance.strategies import Strategy
 
 
-class ImbalancedSamplerCallback(TipCallback):
+class ImbalancedSamplerCallback(LoaderTip):
     """Draws the training samples of each class as often as a strategy says, in any run.
 
     Each training DataLoader, of whatever DataModule, module or argument of ``fit`` it is, gets an
@@ -82,7 +81,6 @@ class ImbalancedSamplerCallback(TipCallback):
         self.samplers: list[ImbalancedSampler] = []
         """One for each training loader, once training has begun."""
         self._resumed_from: dict[str, Any] | None = None
-        self._take_back: Callable[[], None] | None = None
         # What can be known to be wrong without data.
         ImbalancedSampler([0, 1], strategy if isinstance(strategy, str) else "oversample", num_samples, seed)
 
@@ -133,22 +131,9 @@ class ImbalancedSamplerCallback(TipCallback):
 
     # ---- the samplers
 
-    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stands between the training data and the Trainer."""
-        self._release()
-        self.samplers = []
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"overfit_batches repeats the first batches in their order, which leaves {type(self).__name__} nothing"
-                " to choose. Leave out one of them, or use limit_train_batches."
-            )
-
-        def change(loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
-            changed = [self._balance(trainer, loader) for loader in loaders]
-            self.samplers = [loader.sampler for loader in changed if isinstance(loader.sampler, ImbalancedSampler)]
-            return changed
-
-        self._take_back = replace_train_loaders(trainer, change)
+    def change_loaders(self, trainer: pl.Trainer, loaders: list[DataLoader[Any]]) -> list[DataLoader[Any]]:
+        """Balances them."""
+        return [self._balance(trainer, loader) for loader in loaders]
 
     def _balance(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> DataLoader[Any]:
         if isinstance(loader.sampler, ImbalancedBatchSampler) and loader.batch_size != loader.sampler.batch_size:
@@ -196,8 +181,7 @@ class ImbalancedSamplerCallback(TipCallback):
             "strategy": self.strategy,
             "num_samples": self.num_samples,
             "seed": self.seed,
-            # Not of the world: ranks that share one model (tensor parallel) train on the same samples.
-            **(trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}),
+            **sampler_ranks(trainer),
             "beta": self.beta,
             "threshold": self.threshold,
         }
@@ -206,19 +190,6 @@ class ImbalancedSamplerCallback(TipCallback):
         if loader.batch_size is None:
             raise ValueError("per_class_minimum needs a DataLoader with a batch_size.")
         return ImbalancedBatchSampler(labels, loader.batch_size, self.per_class_minimum, **given)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets loaders be made when it is known where to go on."""
-        forget_train_loaders(trainer)
-
-    def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws the epoch that it is.
-
-        Lightning gives ``set_epoch`` another count, which leaves one out on a resume where steps are counted
-        (``max_steps`` without ``max_epochs``).
-        """
-        for sampler in self.samplers:
-            sampler.set_epoch(trainer.current_epoch)
 
     # ---- what the user sees
 
@@ -246,22 +217,6 @@ class ImbalancedSamplerCallback(TipCallback):
             drawn = sampler.draws_per_class()[: len(sampler.counts)]
             picture = f"class_balance_{number}" if number else "class_balance"
             show_balance(trainer, sampler.counts, drawn, "drawn an epoch", names, picture)
-
-    # ---- the end
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the data alone again."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the data alone again."""
-        self._release()
-
-    def _release(self) -> None:
-        if self._take_back is not None:
-            self._take_back()
-            self._take_back = None
 
 
 class ImbalancedSamplerMixin(TipMixin):

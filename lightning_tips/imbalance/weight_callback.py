@@ -201,7 +201,7 @@ class ClassWeightCallback(TipCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets go of a run that broke off."""
         super().setup(trainer, pl_module, stage)
-        self._release()
+        self.release()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks for the losses."""
@@ -375,17 +375,9 @@ class ClassWeightCallback(TipCallback):
 
     # ---- the end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves training step and outputs as they were."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves training step and outputs as they were."""
-        super().teardown(trainer, pl_module, stage)
-        self._release()
-
-    def _release(self) -> None:
+        super().release()
         self._outputs.close()
         if self._step is not None:
             self._step.remove()

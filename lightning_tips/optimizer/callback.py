@@ -26,9 +26,9 @@ from lightning_tips.core import (
     warm_up,
 )
 from lightning_tips.optimizer import checks
-from lightning_tips.optimizer.swats import SettledTrigger, SwatsProjection
+from lightning_tips.optimizer.moment import Moment
+from lightning_tips.optimizer.swats import SwatsProjection
 from lightning_tips.optimizer.switch import Switch, switch_optimizer, target_name
-from lightning_tips.optimizer.triggers import FluctuationTrigger, MetricTrigger, PlateauTrigger
 
 
 class OptimizerSwitchCallback(TipCallback):
@@ -109,8 +109,6 @@ class OptimizerSwitchCallback(TipCallback):
         self.trigger = trigger
         self.at = at
         self.monitor = monitor
-        self.patience = patience
-        self.min_epochs = min_epochs
         self.warmup_steps = warmup_steps
         self.weight_decay: WeightDecay = weight_decay
         self.lr_scheduler_interval = lr_scheduler_interval
@@ -125,21 +123,14 @@ class OptimizerSwitchCallback(TipCallback):
             optimizer_index=optimizer_index,
             min_epochs=min_epochs,
         )
-        metric_arguments = (mode, patience, min_delta, noise_margin, cooldown, smoothing)
-        checks.warn_of_unread(OptimizerSwitchCallback, trigger, metric_arguments, min_epochs, tolerance)
+        stall = {"mode": mode, "patience": patience, "min_delta": min_delta, "noise_margin": noise_margin}
+        stall |= {"cooldown": cooldown, "smoothing": smoothing}
+        checks.warn_of_unread(OptimizerSwitchCallback, trigger, stall, min_epochs, tolerance)
         self._target = target_name(optimizer)  # for the key in checkpoints
         self._guard: RemovableHandle | None = None  # on the replaced optimizer
-
-        # What decides: exactly one of these, or `at`.
-        self._stall: MetricTrigger | None = None
-        self._settled: SettledTrigger | None = None
-        if trigger in ("plateau", "fluctuation"):
-            kind = PlateauTrigger if trigger == "plateau" else FluctuationTrigger
-            self._stall = kind(mode, patience, min_delta, cooldown, min_epochs, smoothing, noise_margin)
-        elif trigger == "swats":
-            self._settled = SettledTrigger(tolerance)
-        self._metric = Monitor(monitor, type(self).__name__)
         self._projection = SwatsProjection() if trigger == "swats" or lr == "auto" else None
+        metric = Monitor(monitor, type(self).__name__)
+        self._moment = Moment(trigger, at, min_epochs, metric, stall, tolerance, self._projection)
         self.reset()
 
     @property
@@ -149,14 +140,7 @@ class OptimizerSwitchCallback(TipCallback):
 
     def describe(self) -> str:
         """For the table at fit start."""
-        when = {
-            "plateau": f"when {self.monitor} has not improved for {self.patience} validations",
-            "fluctuation": f"when the trend of {self.monitor} drowns in its fluctuation",
-            "swats": "when the SWATS projection has settled",
-            "epoch": f"after {self.at} epochs",
-            "step": f"after {self.at} steps",
-        }[self.trigger]
-        return f"{self._plan} {when}"
+        return f"{self._plan} {self._moment.describe()}"
 
     def outlook(self) -> str:
         """For the table at fit end, when there was no switch."""
@@ -167,53 +151,36 @@ class OptimizerSwitchCallback(TipCallback):
     @property
     def state_key(self) -> str:
         """Tells the switches of a chain apart in a checkpoint."""
-        told: dict[str, Any] = {"trigger": self.trigger, "at": self.at, "lr": self.lr}
-        told["optimizer_index"] = self.optimizer_index
-        if self._stall is not None:
-            told["monitor"] = self.monitor
-        return f"{type(self).__qualname__}{told | {'optimizer': self._target}}"
+        told = {name: getattr(self, name) for name in ("trigger", "at", "lr", "optimizer_index")}
+        metric = {"monitor": self.monitor} if self._moment.stall is not None else {}
+        return f"{type(self).__qualname__}{told | metric | {'optimizer': self._target}}"
 
     def reset(self) -> None:
         """Forgets the last run."""
         super().reset()
         self._switched = False
-        self._pending = False  # decided, to be done at the start of the next epoch
         self._rate: float | None = None  # the rate found at the switch, for the same switch on resume
         self._steps = 0  # taken by the new optimizer
         self._plan = self._becomes = ""
         self.previous: list[OptimizerSwitchCallback] = []  # those of the chain that switch earlier
         self._checkpoint_options: set[str] | None = None
-        for part in self._parts.values():
-            part.reset()
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        parts = {
-            "metric": self._metric,
-            "stall": self._stall,
-            "settled": self._settled,
-            "projection": self._projection,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        self._moment.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
         return super().state_dict() | {
             "switched": self._switched,
-            "pending": self._pending,
             "rate": self._rate,
             "steps": self._steps,
-            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            **self._moment.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up :meth:`state_dict`; the optimizer itself follows in ``on_fit_start``."""
         self._switched = bool(state["switched"])
-        self._pending = bool(state["pending"])
         self._rate = None if state["rate"] is None else float(state["rate"])
         self._steps = int(state["steps"])
-        for name, part in self._parts.items():
-            part.load_state_dict(state["parts"][name])
+        self._moment.load_state_dict(state)
 
     # ---- before the first step
 
@@ -230,15 +197,10 @@ class OptimizerSwitchCallback(TipCallback):
         """Checks what can be known before anything is built."""
         require_strategy(trainer, self)
         self._checkpoint_options = None
-        self._release()
-        chain = [
-            tip
-            for tip in callbacks_of(trainer)
-            if isinstance(tip, OptimizerSwitchCallback) and tip.optimizer_index == self.optimizer_index
-        ]
+        chain = [tip for tip in _switches(trainer) if tip.optimizer_index == self.optimizer_index]
         self.previous = chain[: chain.index(self)]
         checks.check_chain(self.trigger, self.at, ((earlier.trigger, earlier.at) for earlier in self.previous))
-        checks.warn_if_never(trainer, self.trigger, self.at, self.monitor, self._stall)
+        checks.warn_if_never(trainer, self.trigger, self.at, self.monitor, self._moment.stall)
         if trainer.strategy.restore_checkpoint_after_setup:
             before_checkpoint_load(trainer.strategy, self.state_key, partial(self._rebuild_for, trainer))
 
@@ -246,8 +208,7 @@ class OptimizerSwitchCallback(TipCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Checks that the checkpoint's switches are known here, and notes which options its optimizer has."""
-        switches = (tip for tip in callbacks_of(trainer) if isinstance(tip, OptimizerSwitchCallback))
-        checks.check_known(checkpoint, {tip.state_key for tip in switches})
+        checks.check_known(checkpoint, {tip.state_key for tip in _switches(trainer)})
         self._checkpoint_options = checks.group_options(checkpoint, self.optimizer_index)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -255,17 +216,15 @@ class OptimizerSwitchCallback(TipCallback):
         checks.check_optimizer(trainer, pl_module, self.optimizer_index)
         trial = self._make(trainer)
         checks.check_trial(pl_module, trial, self.lr)
-        old = trainer.optimizers[self.optimizer_index]
+        old = self.previous[-1]._becomes if self.previous else type(trainer.optimizers[self.optimizer_index]).__name__
         self._becomes = type(trial.optimizer).__name__
-        rate = self.lr or f"{trial.full_rate:.4g}"
-        was = self.previous[-1]._becomes if self.previous else type(old).__name__
-        self._plan = f"{was} -> {self._becomes} (lr {rate})"
+        self._plan = f"{old} -> {self._becomes} (lr {self.lr or f'{trial.full_rate:.4g}'})"
         if self._switched and not trainer.strategy.restore_checkpoint_after_setup:
             self._install(trainer, trial)
         self._check_resumable(trainer)
 
     def _check_resumable(self, trainer: pl.Trainer) -> None:
-        is_last = not any(self in getattr(other, "previous", ()) for other in callbacks_of(trainer))
+        is_last = not any(self in other.previous for other in _switches(trainer))
         if is_last and self._checkpoint_options is not None:
             checks.check_resumable(trainer.optimizers[self.optimizer_index], self._checkpoint_options)
 
@@ -276,8 +235,7 @@ class OptimizerSwitchCallback(TipCallback):
             self._install(trainer, self._make(trainer))
         if trainer.global_step == 0:
             note_full_rates(trainer.lr_scheduler_configs)
-        if self._stall is not None:
-            self._metric.on_train_start(trainer)
+        self._moment.on_train_start(trainer)
         if self._armed:
             self._start_projection(trainer)
 
@@ -290,28 +248,23 @@ class OptimizerSwitchCallback(TipCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The metric is looked for before and after validation."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._metric.on_validation_start(trainer)
+            self._moment.on_validation_start(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides, if validation logs the metric."""
-        if self._stall is not None and not self._switched and trainer.state.fn == TrainerFn.FITTING:
-            self._decide(trainer, self._metric.on_validation_end(trainer))
+        if not self._switched and trainer.state.fn == TrainerFn.FITTING:
+            self._moment.on_validation_end(trainer, self._armed)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decides, if training logs the metric."""
-        if self._stall is not None and not self._switched:
-            self._decide(trainer, self._metric.on_train_epoch_end(trainer))
-
-    def _decide(self, trainer: pl.Trainer, value: float | None) -> None:
-        assert self._stall is not None
-        if value is not None and self._armed and self._stall.update(value, trainer.current_epoch):
-            self._pending = True
+        if not self._switched:
+            self._moment.on_train_epoch_end(trainer, self._armed)
 
     def start_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Switches, if that was decided."""
-        if self._stall is not None and not self._switched:
-            self._metric.on_train_epoch_start(trainer)
-        if self._armed and (self._pending or (self.trigger == "epoch" and trainer.current_epoch >= (self.at or 0))):
+        if not self._switched:
+            self._moment.on_train_epoch_start(trainer)
+        if self._armed and self._moment.is_due_at_epoch(trainer):
             self._switch(trainer)
 
     def on_train_batch_start(
@@ -320,17 +273,7 @@ class OptimizerSwitchCallback(TipCallback):
         """Switches between two steps, for the triggers that count steps."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         # Gradients that are being accumulated lie on the parameters, so none is lost.
-        if self._switched or self.trigger not in ("step", "swats") or not self._armed:
-            return
-        if self.trigger == "step":
-            due = trainer.global_step >= (self.at or 0)
-        else:
-            assert self._settled is not None
-            assert self._projection is not None
-            if self._settled.looks == self._projection.looks:
-                return  # nothing new; and all ranks ask each other at the same steps
-            due = agree(trainer, self._settled.update(self._projection)) and trainer.current_epoch >= self.min_epochs
-        if due:
+        if self._armed and self._moment.is_due_at_step(trainer):
             self._switch(trainer)
 
     # ---- the switch
@@ -361,11 +304,11 @@ class OptimizerSwitchCallback(TipCallback):
                     self._rate = projected / (trial.share or 1.0)
         switch = self._make(trainer)
         checks.warn_about_rate(self.lr, switch, details.get("swats_lr"))
-        self._switched, self._pending = True, False
+        self._switched, self._moment.pending = True, False
         self._install(trainer, switch)
         self.record(trainer, f"{type(old).__name__} -> {type(switch.optimizer).__name__}", **switch.details | details)
-        for later in callbacks_of(trainer):
-            if isinstance(later, OptimizerSwitchCallback) and self in later.previous and later._armed:
+        for later in _switches(trainer):
+            if self in later.previous and later._armed:
                 later._start_projection(trainer)
 
     def _install(self, trainer: pl.Trainer, switch: Switch) -> None:
@@ -378,16 +321,9 @@ class OptimizerSwitchCallback(TipCallback):
     def _count_step(self, *_: Any) -> None:
         self._steps += 1
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go of the module's optimizers."""
-        super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Lets go of the module's optimizers: it may hand the same ones to the next fit."""
-        self._release()
-
-    def _release(self) -> None:
+        super().release()
         if self._guard is not None:
             self._guard.remove()
             self._guard = None
@@ -407,3 +343,7 @@ class OptimizerSwitchCallback(TipCallback):
     def _start_projection(self, trainer: pl.Trainer) -> None:
         if self._projection is not None:
             self._projection.watch(trainer.optimizers[self.optimizer_index])
+
+
+def _switches(trainer: pl.Trainer) -> list[OptimizerSwitchCallback]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, OptimizerSwitchCallback)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +21,6 @@ from lightning_tips.optimizer.triggers import MetricTrigger
 TRIGGERS = ("plateau", "fluctuation", "swats", "epoch", "step")
 # Options that tell one family of optimizers from another, whatever else a torch version adds.
 _TELLING_OPTIONS = {"momentum", "dampening", "betas", "alpha", "rho"}
-METRIC_ARGUMENTS = ("mode", "patience", "min_delta", "noise_margin", "cooldown", "smoothing")
 WEIGHT_DECAYS = ("map", "keep", "optimizer")
 INTERVALS = ("epoch", "step")
 
@@ -109,18 +108,18 @@ def warn_if_never(trainer: pl.Trainer, trigger: str, at: int | None, monitor: st
             )
 
 
-def warn_of_unread(callback: type, trigger: str, metric: Sequence[Any], min_epochs: int, tolerance: float) -> None:
+def warn_of_unread(callback: type, trigger: str, metric: dict[str, Any], min_epochs: int, tolerance: float) -> None:
     """Warns of arguments that differ from their defaults and that the trigger does not look at.
 
     Args:
         callback: The class, for the defaults.
         trigger: The trigger.
-        metric: What the callback was given for each of ``METRIC_ARGUMENTS``.
+        metric: What the callback was given for the arguments that belong to a metric.
         min_epochs: What it was given for that.
         tolerance: Likewise.
     """
-    given = dict(zip(METRIC_ARGUMENTS, metric, strict=True)) | {"min_epochs": min_epochs, "tolerance": tolerance}
-    read = {"plateau": METRIC_ARGUMENTS, "fluctuation": METRIC_ARGUMENTS, "swats": ("tolerance",)}.get(trigger, ())
+    given = metric | {"min_epochs": min_epochs, "tolerance": tolerance}
+    read = {"plateau": (*metric,), "fluctuation": (*metric,), "swats": ("tolerance",)}.get(trigger, ())
     if trigger not in ("epoch", "step"):
         read = (*read, "min_epochs")
     defaults = inspect.signature(callback).parameters

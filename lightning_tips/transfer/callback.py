@@ -206,7 +206,6 @@ class TransferLearningCallback(TipCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what can be known before anything is built. All layers still train, so any optimizer gets them."""
         require_strategy(trainer, self, SingleDeviceStrategy, DDPStrategy)
-        self._leave()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the layers, brings them all into the optimizer, and freezes those that are not to train yet."""
@@ -345,16 +344,9 @@ class TransferLearningCallback(TipCallback):
         self._features.let_go(trainer)
         super().on_fit_end(trainer, pl_module)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves the module as it was found, but for its weights."""
-        super().on_exception(trainer, pl_module, exception)
-        self._leave()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module as it was found, but for its weights."""
-        self._leave()
-
-    def _leave(self) -> None:
+        super().release()
         self._features.let_go()
         self._steps.leave()
         self._held.leave()

@@ -83,7 +83,7 @@ def find_blocks(
     run = forward or call
     twin = copy_network(model)
     inputs, _ = prepare_inputs(twin, example_inputs, samples=2)
-    with nothing_remembered(twin), plain_attention():
+    with nothing_remembered(), plain_attention():
         calls = _record(twin.eval(), inputs, run)
         with torch.no_grad():
             _silence(twin)
@@ -335,7 +335,7 @@ def _obstacle(model: nn.Module, name: str, entry: _Call, protect: Sequence[str])
 def _tried(twin: nn.Module, inputs: Any, run: Forward, blocks: Sequence[Block]) -> list[Block]:
     """Where the network cannot do without all removable blocks together, each is tried alone."""
     removable = {block.name: block.activation for block in blocks if block.removable}
-    with nothing_remembered(twin):
+    with nothing_remembered():
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

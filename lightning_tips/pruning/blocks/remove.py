@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tips.core import did_you_mean, render_table
@@ -33,6 +33,7 @@ class BlockReport:
         left_out: Blocks that cannot be taken out, and why.
         before: Cost of the network on the example inputs.
         after: The same without the blocks.
+        statistics: Buffers of BatchNorm without the blocks, by name, where they were estimated anew.
         seconds: Wall time of all of it.
     """
 
@@ -41,6 +42,7 @@ class BlockReport:
     left_out: dict[str, str]
     before: Cost
     after: Cost
+    statistics: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     seconds: float = 0.0
 
     @property
@@ -50,8 +52,10 @@ class BlockReport:
         return {name: after[name] / max(1, before[name]) for name in before}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "ratios": self.ratios}
+        """Plain data, without the statistics."""
+        plain = asdict(replace(self, statistics={})) | {"ratios": self.ratios}
+        del plain["statistics"]
+        return plain
 
     def __str__(self) -> str:
         before, after = asdict(self.before), asdict(self.after)
@@ -84,23 +88,35 @@ def plan_blocks(
     forward: Forward | None = None,
     score_forward: Forward | None = None,
 ) -> BlockReport:
-    """What :func:`remove_blocks` would take out. The arguments are its; ``model`` stays as it is.
+    """Plans which residual blocks go: those that are named, or those that are missed least. ``model`` stays as it is.
+
+    It is tried on a copy: forward in eval and train mode, shapes of the outputs, backward.
 
     Args:
-        model: See :func:`remove_blocks`, as for all others.
-        example_inputs: See there.
-        blocks: See there.
-        count: See there.
-        target: See there.
-        criterion: See there.
-        evaluate: See there.
-        mode: See there.
-        batches: See there.
-        recalibrate: See there.
-        protect: See there.
+        model: The network.
+        example_inputs: A tensor, a tuple or list of arguments or a dict of them, with the batch dimension.
+        blocks: Names of the blocks to take out; or else ``count`` or ``target``.
+        count: How many; beside a target, how many at most.
+        target: What is to be left, ``{"macs": 0.6}`` or ``{"params": 0.5}``: a share of the network, or above 1 a
+            number. Blocks go one by one until it is met, the last one as a whole.
+        criterion: ``"metric"``, ``"outputs"`` or ``"branch_norm"``, see :func:`rank_blocks`. Ranked anew after each
+            block.
+        evaluate: For ``"metric"``: returns the metric of a network.
+        mode: Whether the metric is to be ``"max"`` or ``"min"``.
+        batches: Training batches: for BatchNorm's statistics, and for the criteria that look at data.
+        recalibrate: Whether BatchNorm's statistics are estimated anew from ``batches``: for each ranking, and for the
+            network that is left.
+        protect: Names or patterns of blocks that stay.
         reference: The cost that shares in ``target`` refer to; by default the model's own.
-        forward: See there.
-        score_forward: See there.
+        forward: ``forward(model, example_inputs)``, where calling the model is not enough.
+        score_forward: ``forward(model, batch)`` for ``batches``.
+
+    Returns:
+        What would be taken out, and the cost before and after.
+
+    Raises:
+        ValueError: If there is nothing to take out, a name is unknown or its block has to stay, a target is met
+            already or out of reach, data or ``evaluate`` is missing, or the network does not work without the blocks.
     """
     started = time.perf_counter()
     _check_wish(blocks, count, target)
@@ -111,19 +127,33 @@ def plan_blocks(
     if not removable:
         raise ValueError(_nothing(model, left_out))
     twin = copy_network(model)
-    before = count_cost(twin, example_inputs)
+    before = after = count_cost(twin, example_inputs)
+    anew = batches if recalibrate and batches and has_batch_norm(model) else []
+    chosen: dict[str, str] = {}
     scores: dict[str, float] = {}
+    statistics: dict[str, Tensor] = {}
+
+    def take(names: Mapping[str, str]) -> None:
+        nonlocal after, statistics
+        chosen.update(names)
+        put_in_place(twin, names)
+        after = count_cost(twin, example_inputs)
+        if anew:  # frozen ones too, since they are wrong now
+            run = score_forward or default_forward
+            norms = set(reestimate_batch_norm(twin, anew, forward=run, include_frozen=True))
+            statistics = {name: buffer for name, buffer in twin.named_buffers() if name.rpartition(".")[0] in norms}
+
     if blocks is not None:
-        chosen = _given(blocks, found)
+        given = _given(blocks, found)
+        _try(model, example_inputs, forward, given)
+        take(given)
     else:
         check_criterion(criterion, evaluate, mode, batches, recalibrate and has_batch_norm(model))
-        chosen = {}
         wish = _Wish(count, dict(target or {}), reference or before)
         wish.check(before, len(removable))
-        while not wish.met(len(chosen), count_cost(twin, example_inputs)):
+        while not wish.met(len(chosen), after):
             left = [block for block in removable if block.name not in chosen]
             if not left:
-                after = count_cost(twin, example_inputs)
                 raise ValueError(f"The target is out of reach: {wish.reached(after)} without all removable blocks.")
             # Ranked anew after each removal: with a neighbour gone, a block may matter more than before.
             ranks = rank_blocks(
@@ -137,16 +167,10 @@ def plan_blocks(
                 forward=score_forward,
             )
             least = min(ranks, key=lambda name: ranks[name])
-            activation = next(block.activation for block in left if block.name == least)
-            chosen[least], scores[least] = activation, ranks[least]
-            put_in_place(twin, {least: activation})
-            if recalibrate and batches and has_batch_norm(twin):
-                reestimate_batch_norm(twin, batches, forward=score_forward or default_forward, include_frozen=True)
-    _try(model, example_inputs, forward, chosen)
-    smaller = copy_network(model)
-    put_in_place(smaller, chosen)
-    after = count_cost(smaller, example_inputs)
-    return BlockReport(chosen, scores, left_out, before, after, time.perf_counter() - started)
+            scores[least] = ranks[least]
+            take({block.name: block.activation for block in left if block.name == least})
+        _try(model, example_inputs, forward, chosen)
+    return BlockReport(chosen, scores, left_out, before, after, statistics, time.perf_counter() - started)
 
 
 def remove_blocks(
@@ -156,78 +180,36 @@ def remove_blocks(
     *,
     count: int | None = None,
     target: Mapping[str, float] | None = None,
-    criterion: str = "metric",
-    evaluate: Callable[[nn.Module], float] | None = None,
-    mode: str = "max",
-    batches: Iterable[Any] | None = None,
-    recalibrate: bool = True,
     optimizers: Iterable[Optimizer] = (),
-    protect: Sequence[str] = (),
-    forward: Forward | None = None,
-    score_forward: Forward | None = None,
+    **options: Any,
 ) -> BlockReport:
     """Takes residual blocks out of a network, in place: those that are named, or those that are missed least.
 
-    Tried on a copy first: forward in eval and train mode, shapes of the outputs, backward. What stands in a block's
-    place passes its input on and marks the place in every ``state_dict``, so that ``core.accept_other_shapes`` and
-    ``load_pruned`` load it into a whole network.
+    What stands in a block's place passes its input on and marks the place in every ``state_dict``, so that
+    ``core.accept_other_shapes`` and ``load_pruned`` load it into a whole network.
 
     Args:
         model: The network; as it was, to the bit, if an error is raised.
-        example_inputs: A tensor, a tuple or list of arguments or a dict of them, with the batch dimension.
+        example_inputs: See :func:`plan_blocks`.
         blocks: Names of the blocks to take out; or else ``count`` or ``target``.
         count: How many; beside a target, how many at most.
-        target: What is to be left, ``{"macs": 0.6}`` or ``{"params": 0.5}``: a share of the network, or above 1 a
-            number. Blocks go one by one until it is met, the last one as a whole.
-        criterion: ``"metric"``, ``"outputs"`` or ``"branch_norm"``, see :func:`rank_blocks`. Ranked anew after each
-            block.
-        evaluate: For ``"metric"``: returns the metric of a network.
-        mode: Whether the metric is to be ``"max"`` or ``"min"``.
-        batches: Training batches: for BatchNorm's statistics, and for the criteria that look at data.
-        recalibrate: Whether BatchNorm's statistics are estimated anew from ``batches``: for each ranking, and for the
-            network that is left.
+        target: What is to be left, for example ``{"macs": 0.6}``.
         optimizers: Those that hold the parameters; those of removed blocks leave their groups and state.
-        protect: Names or patterns of blocks that stay.
-        forward: ``forward(model, example_inputs)``, where calling the model is not enough.
-        score_forward: ``forward(model, batch)`` for ``batches``.
+        options: The other arguments of :func:`plan_blocks`.
 
     Returns:
         What was taken out, and the cost before and after.
 
     Raises:
-        ValueError: If there is nothing to take out, a name is unknown or its block has to stay, a target is met
-            already or out of reach, data or ``evaluate`` is missing, or the network does not work without the blocks.
+        ValueError: See :func:`plan_blocks`.
     """
     started = time.perf_counter()
-    batches = None if batches is None else list(batches)
-    optimizers = list(optimizers)
-    report = plan_blocks(
-        model,
-        example_inputs,
-        blocks,
-        count=count,
-        target=target,
-        criterion=criterion,
-        evaluate=evaluate,
-        mode=mode,
-        batches=batches,
-        recalibrate=recalibrate,
-        protect=protect,
-        forward=forward,
-        score_forward=score_forward,
-    )
-    statistics = {}
-    if recalibrate and batches and has_batch_norm(model):
-        smaller = copy_network(model)
-        put_in_place(smaller, report.removed)
-        # On the copy, as it may fail; frozen ones too, since they are wrong now.
-        norms = reestimate_batch_norm(smaller, batches, forward=score_forward or default_forward, include_frozen=True)
-        statistics = {name: buffer for name, buffer in smaller.named_buffers() if name.rpartition(".")[0] in set(norms)}
+    report = plan_blocks(model, example_inputs, blocks, count=count, target=target, **options)
     take_out(model, report.removed, optimizers)
     for name, buffer in model.named_buffers():
-        if name in statistics:
-            buffer.copy_(statistics[name])
-    return BlockReport(**{**vars(report), "seconds": time.perf_counter() - started})
+        if name in report.statistics:
+            buffer.copy_(report.statistics[name])
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def take_out(model: nn.Module, blocks: Mapping[str, str], optimizers: Iterable[Optimizer] = ()) -> None:
@@ -330,6 +312,6 @@ def _nothing(model: nn.Module, left_out: Mapping[str, str]) -> str:
 def _try(model: nn.Module, example_inputs: Any, forward: Forward | None, chosen: Mapping[str, str]) -> None:
     twin = copy_network(model)
     inputs, _ = prepare_inputs(twin, example_inputs, samples=2)
-    with nothing_remembered(twin):
+    with nothing_remembered():
         if problem := try_without(twin, inputs, forward or call, chosen):
             raise ValueError(f"{', '.join(chosen)} cannot be taken out together: {problem}.")

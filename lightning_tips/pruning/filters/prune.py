@@ -145,7 +145,7 @@ def plan_filters(
         raise ValueError("limits are shares of channels that may go, between 0 and 1.")
     run = forward or call
     inner = bool(inner_only) or criterion == "apoz"
-    with nothing_remembered(model):
+    with nothing_remembered():
         inputs, factor = prepare_inputs(model, example_inputs, 1)
         twin = copy_network(model)
         graph = analyse(twin, inputs, run, deadline)
@@ -158,7 +158,7 @@ def plan_filters(
     )
     before = CostModel(graph, groups, factor).after(np.zeros(len(groups)))
     wish = Wish(goal or None, filters, scope, floor, round_to, limit_of, channels or {}, reference or before)
-    with nothing_remembered(model):
+    with nothing_remembered():
         return settle(twin, inputs, run, graph, groups, left_out, scores, wish, factor, deadline)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,7 @@ from lightning_tips.core import ActsOn, accept_other_shapes, log_numbers, wrap_a
 from lightning_tips.core.tip import belongs_to
 from lightning_tips.pruning.fit import checks
 from lightning_tips.pruning.fit.capture import Capture, Inputs, Sample, batch_size, find_network
-from lightning_tips.pruning.fit.distillation import Task, TaughtTip
+from lightning_tips.pruning.fit.distillation import TaughtTip
 from lightning_tips.pruning.fit.guard import take_snapshot
 from lightning_tips.pruning.fit.schedule import Schedule
 from lightning_tips.pruning.fit.surroundings import best_so_far, on_rank_zero, reestimate, reset_best, watched_by
@@ -33,65 +33,24 @@ class PruningCallback(TaughtTip):
 
     Args:
         schedule: When, and how much at a time.
-        monitor: The metric that the guard watches.
-        mode: Whether it is to be ``"max"`` or ``"min"``.
-        max_drop: How far it may stay from its reference; ``None`` for no guard.
-        reference: The unpruned network's metric; by default the last one before the first step.
-        on_drop: ``"stop"`` or ``"smaller"`` steps.
-        module: Name of the network within the LightningModule.
-        example_inputs: What it takes: a tensor, a tuple of arguments or a dict of them.
-        samples: Training samples to estimate BatchNorm's statistics from.
-        sample_megabytes: How much memory, and room in a checkpoint, they may take.
-        distill: Weight of the distillation loss.
-        temperature: Of the distillation loss.
-        distill_task: Likewise.
-        reset_best: Whether checkpoints and early stopping forget the best score at each step.
+        target: What is to be left in the end: by name, a share of the unpruned network or, above 1, a number.
+        criterion: By what it is ranked what goes: a name, or a function.
+        **arguments: See :class:`TaughtTip` and those that it is made of.
     """
 
     tip = "pruning"
     acts_on = ActsOn.NETWORK
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        monitor: str,
-        mode: Literal["min", "max"],
-        max_drop: float | None,
-        reference: float | None,
-        on_drop: Literal["stop", "smaller"],
-        module: str | None,
-        example_inputs: Any,
-        samples: int,
-        sample_megabytes: float,
-        distill: float,
-        temperature: float,
-        distill_task: Task,
-        reset_best: bool,
-    ) -> None:
-        checks.check_arguments(
-            mode=mode,
-            max_drop=max_drop,
-            on_drop=on_drop,
-            distill=distill,
-            temperature=temperature,
-            samples=samples,
-        )
-        super().__init__(
-            module=module,
-            example_inputs=example_inputs,
-            samples=samples,
-            sample_megabytes=sample_megabytes,
-            monitor=monitor,
-            mode=mode,
-            max_drop=max_drop,
-            reference=reference,
-            on_drop=on_drop,
-            distill=distill,
-            temperature=temperature,
-            distill_task=distill_task,
-            reset_best=reset_best,
-        )
+    nothing_done = "nothing pruned"
+    """For the table at fit end."""
+
+    def __init__(self, schedule: Schedule, target: dict[str, float], criterion: Any, **arguments: Any) -> None:
+        checks.check_arguments(**arguments)
+        super().__init__(**arguments)
         self.schedule = schedule
+        self.target = target
+        self.criterion = criterion
+        self._validation = Sample(arguments["samples"], arguments["sample_megabytes"])
         self._accepts: RemovableHandle | None = None
         self.reset()
 
@@ -100,10 +59,6 @@ class PruningCallback(TaughtTip):
     @abstractmethod
     def _measure(self, network: nn.Module, example: Inputs) -> dict[str, float]:
         """What the network costs; on rank 0."""
-
-    @abstractmethod
-    def _shares(self) -> dict[str, float]:
-        """The target, as shares of the unpruned network's cost."""
 
     @abstractmethod
     def _check(self, network: nn.Module, example: Inputs) -> None:
@@ -127,14 +82,44 @@ class PruningCallback(TaughtTip):
     def _commit(self, network: nn.Module, proposal: Mapping[str, Any], optimizers: list[Optimizer]) -> None:
         """Does it, on every rank, in place."""
 
+    def _at_a_time(self) -> str | None:
+        """How much each step takes out, in words, where it is not the schedule that says so."""
+        return None
+
+    # ---- what it will do
+
+    def describe(self) -> str:
+        """For the table at fit start."""
+        goal = ", ".join(f"{name} to {value:g}" for name, value in self.target.items())
+        name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "own")
+        how = self._at_a_time() or f"{self.schedule.shape}, {round(1 / self.schedule.stride)} steps"
+        when = f"from epoch {self.schedule.start_epoch} every {self.schedule.every_n_epochs}"
+        guard = f", at most {self._guard.max_drop:g} of {self.monitor} lost" if self._guard is not None else ""
+        return f"{goal} by {name}, {how}, {when}{guard}" + (f", distilled ({self.distill:g})" if self.distill else "")
+
+    def outlook(self) -> str:
+        """For the table at fit end, when nothing was taken out."""
+        if self._guard is not None and not self._guard.is_finite:
+            return f"{self.nothing_done}: no value of {self.monitor} to judge by"
+        if self._finished:
+            return f"{self.nothing_done}: what others took out has met the target"
+        return f"{self.nothing_done}: the run ended before epoch {self._next_epoch}"
+
     def _by_sample(self, cost: Mapping[str, float]) -> dict[str, float]:
         """A cost with the operations of one sample, as people give and read them; they are counted on the example."""
         samples = max(1, batch_size(self._example))
         return {name: value / samples if name == "macs" else value for name, value in cost.items()}
 
-    def _by_schedule(self) -> bool:
-        """Whether the schedule says how many steps there are."""
-        return True
+    def _shares(self) -> dict[str, float]:
+        """The target, as shares of the unpruned network's cost."""
+        whole = self._by_sample(self._reference)
+        shares = {k: v if v < 1 else v / whole[k] for k, v in self.target.items()}
+        for name, share in shares.items():
+            if share >= 1:
+                raise ValueError(
+                    f"The target is met already: {name} is {whole[name]:g}, and {self.target[name]:g} were asked for."
+                )
+        return shares
 
     # ---- state
 
@@ -146,7 +131,7 @@ class PruningCallback(TaughtTip):
     @property
     def left_out(self) -> dict[str, str]:
         """What could not be taken out at the last step, and why."""
-        return dict(getattr(self, "_left_out", {}))
+        return dict(self._left_out)
 
     @property
     def reached(self) -> bool:
@@ -167,6 +152,8 @@ class PruningCallback(TaughtTip):
         self._batches: list[Inputs] = []  # of the step that is being made
         self._reference: dict[str, float] = {}
         self._cost: dict[str, float] = {}
+        self._left_out: dict[str, str] = {}
+        self._validation.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
@@ -175,6 +162,7 @@ class PruningCallback(TaughtTip):
             "finished": self._finished,
             "next_epoch": self._next_epoch,
             "reference": dict(self._reference),
+            "validation": self._validation.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -184,6 +172,7 @@ class PruningCallback(TaughtTip):
         self._finished = bool(state["finished"])
         self._next_epoch = int(state["next_epoch"])
         self._reference = dict(state["reference"])
+        self._validation.load_state_dict(state["validation"])
         self._checked = bool(self._reference)
 
     def _progress(self) -> dict[str, Any]:
@@ -215,7 +204,6 @@ class PruningCallback(TaughtTip):
         """Checks what can be known before anything is built."""
         super().prepare(trainer, pl_module)
         checks.check_run(trainer, self)
-        self._leave()
         if self.module is not None:
             find_network(pl_module, self.module)
 
@@ -227,7 +215,7 @@ class PruningCallback(TaughtTip):
             self._metric.on_train_start(trainer)
         if not self._finished:
             checks.check_optimizers(trainer, self)
-            if self._by_schedule():
+            if self._at_a_time() is None:
                 checks.warn_if_never(trainer, self.schedule, self._next_epoch)
             if not self._holders(pl_module):
                 raise MisconfigurationException(
@@ -368,16 +356,9 @@ class PruningCallback(TaughtTip):
 
     # ---- the end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def release(self) -> None:
         """Leaves the module without hooks."""
-        super().on_exception(trainer, pl_module, exception)
-        self._leave()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the module without hooks."""
-        self._leave()
-
-    def _leave(self) -> None:
+        super().release()
         self._captured()
         self._drop_teacher()
         if self._accepts is not None:

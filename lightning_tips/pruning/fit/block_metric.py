@@ -10,14 +10,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_tips.core import did_you_mean
+from lightning_tips.core import CaughtLog, did_you_mean
 from lightning_tips.pruning.blocks.find import set_module
 from lightning_tips.pruning.fit.base import PruningCallback
-from lightning_tips.pruning.fit.capture import Sample, batch_size, is_validation_of_fit, mapped
+from lightning_tips.pruning.fit.capture import is_validation_of_fit, mapped
 from lightning_tips.pruning.networks.copies import plain_copy
 from lightning_tips.pruning.networks.runs import device_of, moved
 
@@ -31,9 +30,8 @@ def validation_metric(
 ) -> Callable[[nn.Module], float]:
     """A function that says what ``validation_step`` logs as ``metric`` with another network in the module.
 
-    ``validation_step`` and the hooks around a validation epoch run on a copy of the module, whose ``log`` goes nowhere
-    else. A number is averaged over the batches, weighted by their sizes; a torchmetrics ``Metric`` is computed at the
-    end. It runs on one rank by itself: nothing is gathered from others.
+    ``validation_step`` and the hooks around a validation epoch run on a copy of the module, see :class:`CaughtLog`, on
+    one rank by itself: nothing is gathered from others.
 
     Args:
         module: The module; it stays as it is.
@@ -53,65 +51,33 @@ def validation_metric(
             whole = frame
             set_module(frame, network, candidate)
             frame.eval()
-        logged = _Logged()
-        with _apart(whole, logged), context():
-            takes_number = is_param_in_hook_signature(whole.validation_step, "batch_idx", min_args=2)
-            whole.on_validation_epoch_start()
-            for number, batch in enumerate(batches):
-                logged.weight = float(batch_size(batch) or 1)
-                whole.validation_step(moved(batch, device_of(whole)), *((number,) if takes_number else ()))
-            logged.weight = 1.0
-            whole.on_validation_epoch_end()
-            return logged.value(metric)
+        caught = CaughtLog()
+        moved_batches = (moved(batch, device_of(whole)) for batch in batches)
+        with _apart(whole, caught), context(), caught.validation(whole, moved_batches):
+            if metric not in caught.names:
+                raise ValueError(
+                    f"criterion='metric' looks at {metric!r}, which validation_step does not log as a number."
+                    f" {did_you_mean(metric, caught.names)}"
+                )
+            return caught.value(metric)
 
     return evaluate
 
 
-class _Logged:
-    """Takes the place of a module's ``log``."""
-
-    def __init__(self) -> None:
-        self.weight = 1.0
-        self._sums: dict[str, tuple[float, float]] = {}
-        self._metrics: dict[str, Metric] = {}
-
-    def __call__(self, name: str, value: Any, *_: Any, **options: Any) -> None:
-        if isinstance(value, Metric):
-            self._metrics[name] = value
-            return
-        weight = float(options.get("batch_size") or self.weight)
-        total, weights = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + weight * float(value), weights + weight)
-
-    def value(self, name: str) -> float:
-        if name in self._metrics:
-            return float(self._metrics[name].compute())
-        if name not in self._sums:
-            known = [*self._sums, *self._metrics]
-            raise ValueError(
-                f"criterion='metric' looks at {name!r}, which validation_step does not log as a number."
-                f" {did_you_mean(name, known)}"
-            )
-        total, weights = self._sums[name]
-        return total / weights
-
-
 @contextmanager
-def _apart(module: pl.LightningModule, logged: _Logged) -> Iterator[None]:
-    """While it is open, a copy of a module logs to ``logged``, and nothing in it waits for other ranks."""
+def _apart(module: pl.LightningModule, log: CaughtLog) -> Iterator[None]:
+    """While it is open, a copy of a module logs to ``log``, and nothing in it waits for other ranks."""
 
     def all_gather(data: Any, *_: Any, **__: Any) -> Any:  # in the form that it has with several ranks
         return mapped(data, lambda tensor: tensor[None]) if module.trainer.world_size > 1 else data
 
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     with ExitStack() as stack:
-        replaced: dict[str, Any] = {"log": logged, "all_gather": all_gather}
+        replaced: dict[str, Any] = {"log": log, "all_gather": all_gather}
         module.__dict__.update(replaced)
         stack.callback(lambda: [module.__dict__.pop(name) for name in replaced])
         for part in metrics:
-            stack.callback(part.reset)
             stack.callback(setattr, part, "distributed_available_fn", part.distributed_available_fn)
-            part.reset()
             part.distributed_available_fn = lambda: False
         yield
 
@@ -134,7 +100,6 @@ class RanksByMetric(PruningCallback):
     """Keeps validation batches for ``criterion="metric"``. The attributes are those of `LayerPruningCallback`."""
 
     criterion: str | Callable[[nn.Module], float]
-    _validation: Sample
 
     # ---- state
 
@@ -142,16 +107,6 @@ class RanksByMetric(PruningCallback):
         """Forgets the last run."""
         super().reset()
         self._evaluation: Callable[[], Callable[[nn.Module], float]] | None = None
-        self._validation.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data for the checkpoint."""
-        return super().state_dict() | {"validation": self._validation.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes up :meth:`state_dict`."""
-        super().restore(state)
-        self._validation.load_state_dict(state["validation"])
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a criterion that looks at validation before there is any."""

@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips.core import say
+from lightning_tips.core import leaves_files, say
 from lightning_tips.pruning.fit import checks
-from lightning_tips.pruning.fit.capture import Sample
 from lightning_tips.pruning.fit.distillation import Task
 from lightning_tips.pruning.fit.filter_steps import FilterSteps
 from lightning_tips.pruning.fit.report import write_report
@@ -103,22 +102,22 @@ class FilterPruningCallback(FilterSteps):
         distill_task: Task = "multiclass",
         reset_best: bool = True,
     ) -> None:
-        self.criterion = criterion
-        self.target = checks.check_target({"macs": 0.5} if target is None else target)
         self.filters_per_step = filters_per_step
         self.round_to = round_to
         self.scope = scope
         self.plan = dict(plan or {})
         self.latency_batch = latency_batch
+        checked = checks.check_target({"macs": 0.5} if target is None else target)
         checks.check_filters(filters_per_step)
         checks.check_criterion(criterion)
         checks.check_plan(self.plan)
         if end_epoch is not None:
             steps = steps_until(end_epoch, start_epoch, every_n_epochs)
-        self._validation = Sample(samples, sample_megabytes)
         self._taylor = GradientScores() if criterion == "taylor" else None
         super().__init__(
             Schedule(schedule, steps, start_epoch, every_n_epochs),
+            checked,
+            criterion,
             monitor=monitor,
             mode=mode,
             max_drop=max_drop,
@@ -134,27 +133,6 @@ class FilterPruningCallback(FilterSteps):
             reset_best=reset_best,
         )
 
-    def describe(self) -> str:
-        """For the table at fit start."""
-        goal = ", ".join(f"{name} to {value:g}" for name, value in self.target.items())
-        if self.filters_per_step is not None:
-            each = self.filters_per_step
-            how = f"{each} filters at a time" if isinstance(each, int) else f"{each:.1%} of the filters at a time"
-        else:
-            how = f"{self.schedule.shape}, {round(1 / self.schedule.stride)} steps"
-        name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "own")
-        when = f"from epoch {self.schedule.start_epoch} every {self.schedule.every_n_epochs}"
-        guard = f", at most {self._guard.max_drop:g} of {self.monitor} lost" if self._guard is not None else ""
-        return f"{goal} by {name}, {how}, {when}{guard}" + (f", distilled ({self.distill:g})" if self.distill else "")
-
-    def outlook(self) -> str:
-        """For the table at fit end, when nothing was pruned."""
-        if self._guard is not None and not self._guard.is_finite:
-            return f"nothing pruned: no value of {self.monitor} to judge by"
-        if self._finished:
-            return "nothing pruned: what others took out has met the target"
-        return f"nothing pruned: the run ended before epoch {self._next_epoch}"
-
     @property
     def state_key(self) -> str:
         """Tells two apart in a checkpoint, by the network that they prune."""
@@ -166,9 +144,7 @@ class FilterPruningCallback(FilterSteps):
         """Forgets the last run."""
         super().reset()
         self._channels: dict[str, list[int]] = {}  # by layer, before the first step and now
-        self._left_out: dict[str, str] = {}
         self._elsewhere: list[str] = []  # layers that the training step may use outside of the network's call
-        self._validation.clear()
         if self._taylor is not None:
             self._taylor.clear()
 
@@ -177,7 +153,6 @@ class FilterPruningCallback(FilterSteps):
         return super().state_dict() | {
             "left_out": dict(self._left_out),
             "elsewhere": list(self._elsewhere),
-            "validation": self._validation.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -185,7 +160,6 @@ class FilterPruningCallback(FilterSteps):
         super().restore(state)
         self._left_out = dict(state["left_out"])
         self._elsewhere = list(state["elsewhere"])
-        self._validation.load_state_dict(state["validation"])
 
     def _progress(self) -> dict[str, Any]:
         return super()._progress() | {
@@ -215,7 +189,7 @@ class FilterPruningCallback(FilterSteps):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the channels of each layer, before and after, as table, file and picture."""
-        if self._channels and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if self._channels and leaves_files(trainer):
             if not self._finished:
                 say(trainer, f"The target of {type(self).__name__} is not reached; the run ended before its next step.")
             whole, left = self._by_sample(self._reference), self._by_sample(self._cost)

@@ -13,7 +13,7 @@ from lightning_tips.core import keep_indices
 from lightning_tips.pruning.filters.plan import PruningPlan
 from lightning_tips.pruning.filters.prune import plan_filters
 from lightning_tips.pruning.fit.base import PruningCallback
-from lightning_tips.pruning.fit.capture import Inputs, Sample, call_network, is_validation_of_fit
+from lightning_tips.pruning.fit.capture import Inputs, call_network, is_validation_of_fit
 from lightning_tips.pruning.fit.latency import of_size, plan_for_latency, time_of, time_share
 from lightning_tips.pruning.fit.surroundings import read_elsewhere
 from lightning_tips.pruning.networks.copies import real_names
@@ -28,16 +28,13 @@ class FilterSteps(PruningCallback):
     """Ranks filters and takes them out. The attributes are arguments of `FilterPruningCallback`."""
 
     criterion: str | Callable[[str, nn.Module], Tensor]
-    target: dict[str, float]
     filters_per_step: int | float | None
     round_to: int | None
     scope: str
     plan: dict[str, Any]
     latency_batch: int
-    _validation: Sample
     _taylor: GradientScores | None
     _channels: dict[str, list[int]]
-    _left_out: dict[str, str]
     _elsewhere: list[str]
 
     # ---- data for the criterion
@@ -68,25 +65,17 @@ class FilterSteps(PruningCallback):
 
     # ---- what is taken out
 
-    def _by_schedule(self) -> bool:
-        return self.filters_per_step is None
+    def _at_a_time(self) -> str | None:
+        each = self.filters_per_step
+        if each is None:
+            return None
+        return f"{each} filters at a time" if isinstance(each, int) else f"{each:.1%} of the filters at a time"
 
     def _measure(self, network: nn.Module, example: Inputs) -> dict[str, float]:
         cost = _as_numbers(count_cost(network, example))
         if "latency" in self.target:
             cost["latency"] = time_of(network, of_size(example, self.latency_batch))
         return cost
-
-    def _shares(self) -> dict[str, float]:
-        """The target, as shares of the unpruned network."""
-        whole = self._by_sample(self._reference)
-        shares = {k: v if v < 1 else v / whole[k] for k, v in self.target.items()}
-        for name, share in shares.items():
-            if share >= 1:
-                raise ValueError(
-                    f"The target is met already: {name} is {whole[name]:g}, and {self.target[name]:g} were asked for."
-                )
-        return shares
 
     def _check(self, network: nn.Module, example: Inputs) -> None:
         shares = self._shares()

@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from lightning_tips.core import TipCallback, did_you_mean, render_table, report_folder, say
+from lightning_tips.core import TipCallback, did_you_mean, leaves_files, render_table, report_folder, say
 from lightning_tips.core.tip import belongs_to
 from lightning_tips.pruning.blocks.find import find_blocks
 from lightning_tips.pruning.blocks.optimizers import configure_with_blocks, keep_parameters
 from lightning_tips.pruning.blocks.remove import TARGETS, check_target, plan_blocks, take_out
 from lightning_tips.pruning.fit.block_metric import RanksByMetric
-from lightning_tips.pruning.fit.capture import Inputs, Sample, call_network, networks_in
+from lightning_tips.pruning.fit.capture import Inputs, call_network, networks_in
 from lightning_tips.pruning.fit.distillation import Task
 from lightning_tips.pruning.fit.report import cost_rows
 from lightning_tips.pruning.fit.schedule import Schedule, Shape, steps_until
@@ -88,6 +88,8 @@ class LayerPruningCallback(RanksByMetric):
         >>> trainer = Trainer(callbacks=[prune], logger=False, accelerator="cpu")
     """
 
+    nothing_done = "no block taken out"
+
     def __init__(
         self,
         criterion: str | Callable[[nn.Module], float] = "outputs",
@@ -113,14 +115,10 @@ class LayerPruningCallback(RanksByMetric):
         distill_task: Task = "multiclass",
         reset_best: bool = True,
     ) -> None:
-        self.criterion = criterion
-        self.target = {"macs": 0.66} if target is None else dict(target)
         self.blocks_per_step = blocks_per_step
         self.protect: Sequence[str] = tuple(protect or ())
-        self.mode: Literal["min", "max"] = mode
-        self._validation = Sample(samples, sample_megabytes)
-        check_target(self.target)
-        self._configures: Callable[[], None] | None = None
+        target = {"macs": 0.66} if target is None else dict(target)
+        check_target(target)
         if not callable(criterion) and criterion not in CRITERIA:
             raise ValueError(f"There is no criterion {criterion!r}. {did_you_mean(str(criterion), CRITERIA)}")
         if blocks_per_step is not None and blocks_per_step < 1:
@@ -129,6 +127,8 @@ class LayerPruningCallback(RanksByMetric):
             steps = steps_until(end_epoch, start_epoch, every_n_epochs)
         super().__init__(
             Schedule(schedule, steps, start_epoch, every_n_epochs),
+            target,
+            criterion,
             monitor=monitor,
             mode=mode,
             max_drop=max_drop,
@@ -144,25 +144,8 @@ class LayerPruningCallback(RanksByMetric):
             reset_best=reset_best,
         )
 
-    def describe(self) -> str:
-        """For the table at fit start."""
-        goal = ", ".join(f"{name} to {value:g}" for name, value in self.target.items())
-        name = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "own")
-        if self.blocks_per_step is not None:
-            how = f"{self.blocks_per_step} blocks at a time"
-        else:
-            how = f"{self.schedule.shape}, {round(1 / self.schedule.stride)} steps"
-        when = f"from epoch {self.schedule.start_epoch} every {self.schedule.every_n_epochs}"
-        guard = f", at most {self._guard.max_drop:g} of {self.monitor} lost" if self._guard is not None else ""
-        return f"{goal} by {name}, {how}, {when}{guard}" + (f", distilled ({self.distill:g})" if self.distill else "")
-
-    def outlook(self) -> str:
-        """For the table at fit end, when nothing was taken out."""
-        if self._guard is not None and not self._guard.is_finite:
-            return f"no block taken out: no value of {self.monitor} to judge by"
-        if self._finished:
-            return "no block taken out: what others took out has met the target"
-        return f"no block taken out: the run ended before epoch {self._next_epoch}"
+    def _at_a_time(self) -> str | None:
+        return None if self.blocks_per_step is None else f"{self.blocks_per_step} blocks at a time"
 
     @property
     def state_key(self) -> str:
@@ -180,7 +163,6 @@ class LayerPruningCallback(RanksByMetric):
         """Forgets the last run."""
         super().reset()
         self._removed: list[str] = []
-        self._left_out: dict[str, str] = {}
         self._before_load: set[int] = set()
         self._held: list[tuple[str, set[str]]] = []  # kind of each optimizer, and names of what it holds
 
@@ -197,14 +179,8 @@ class LayerPruningCallback(RanksByMetric):
         super().setup(trainer, pl_module, stage)
         if belongs_to(trainer, self):
             self._before_load = {id(parameter) for parameter in pl_module.parameters()}
-            if stage == "fit" and self._configures is None:
-                self._configures = configure_with_blocks(pl_module)
-
-    def _leave(self) -> None:
-        super()._leave()
-        if self._configures is not None:
-            self._configures()
-            self._configures = None
+            if stage == "fit":
+                self.on_release(configure_with_blocks(pl_module))
 
     def conflict_with(self, other: object) -> str | None:
         """Whoever knows parameters by their names."""
@@ -245,17 +221,6 @@ class LayerPruningCallback(RanksByMetric):
 
     def _measure(self, network: nn.Module, example: Inputs) -> dict[str, float]:
         return _as_numbers(count_cost(network, example))
-
-    def _shares(self) -> dict[str, float]:
-        """The target, as shares of the whole network."""
-        whole = self._by_sample(self._reference)
-        shares = {k: v if v < 1 else v / whole[k] for k, v in self.target.items()}
-        for name, share in shares.items():
-            if share >= 1:
-                raise ValueError(
-                    f"The target is met already: {name} is {whole[name]:g}, and {self.target[name]:g} were asked for."
-                )
-        return shares
 
     def _check(self, network: nn.Module, example: Inputs) -> None:
         if self._evaluation is not None:
@@ -332,7 +297,7 @@ class LayerPruningCallback(RanksByMetric):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves what was taken out, and what the network costs before and after, as table and file."""
-        if self._removed and trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if self._removed and leaves_files(trainer):
             self._write_report(trainer)
         super().on_fit_end(trainer, pl_module)
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_tips.core import Kept
+from lightning_tips.core import Kept, same_random_numbers
 from lightning_tips.core.resize import named_tensors
 
 COMPILED = "_orig_mod"  # where torch.compile keeps the network of a submodule that it wraps
@@ -91,21 +89,10 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def nothing_remembered(model: nn.Module) -> Iterator[None]:
-    """Random states of Python, numpy and torch are put back at the end, and gradients can be computed inside."""
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == "cuda"}
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with (
-        torch.random.fork_rng(devices=[device.index or 0 for device in devices]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        without_autocast(),
-    ):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
+def nothing_remembered() -> Iterator[None]:
+    """Random states are put back at the end, and gradients can be computed inside, in the network's own precision."""
+    with same_random_numbers(), torch.inference_mode(False), torch.enable_grad(), without_autocast():
+        yield
 
 
 def prepare_inputs(model: nn.Module, example_inputs: Any, samples: int) -> tuple[Any, float]:
@@ -139,7 +126,7 @@ def repeated(inputs: Any) -> Any:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Without the fused layers of nn.MultiheadAttention, which are one operation that nothing can look into."""
+    """Without the fused layers of nn.MultiheadAttention: one operation, which nothing can look into or count."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lightning_tips.pruning.networks.copies import plain_attention
 from lightning_tips.pruning.networks.runs import call, device_of, moved, untouched
 
 
@@ -67,24 +68,13 @@ def count_cost(model: nn.Module, example_inputs: Any) -> Cost:
         model: Runs once, in eval mode; it stays as it is.
         example_inputs: A tensor, a tuple or list of arguments or a dict of them, with the batch dimension.
     """
-    with untouched(model), _plain_attention(), flop_counter() as counter:
+    with untouched(model), plain_attention(), flop_counter() as counter:
         call(model, moved(example_inputs, device_of(model)))
     return Cost(
         macs=counter.get_total_flops() // 2,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         filters=sum(module.out_channels for module in model.modules() if isinstance(module, _ConvNd)),
     )
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    # The fused layers of nn.MultiheadAttention in eval mode are one operation that the counter does not know.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_tips.core import unchanged
 from lightning_tips.core.batch import inputs_of, split_batch
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -22,18 +21,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)`` returns the mean loss of the batch, a scalar."""
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, for example ``lambda t: strategy.reduce(t, reduce_op="sum")``; all ranks call it."""
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Afterwards all generators of torch, NumPy and Python are where they were (Lightning's: not after an error)."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def uncompiled() -> AbstractContextManager[Any]:
@@ -57,30 +44,13 @@ def untouched(model: nn.Module, grad: bool = False, compiled: bool = False) -> I
         grad: Whether gradients are needed. They are recorded then also within ``no_grad`` and ``inference_mode``, and
             not recorded otherwise.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        with same_random_numbers(), ExitStack() as stack:
-            if grad:
-                stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(grad))
-            if not compiled:
-                stack.enter_context(uncompiled())
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+    with unchanged(model), ExitStack() as stack:
+        if grad:
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        if not compiled:
+            stack.enter_context(uncompiled())
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

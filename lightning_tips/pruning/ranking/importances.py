@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_tips.core import same_random_numbers
 from lightning_tips.pruning.networks.layers import channels_of
-from lightning_tips.pruning.networks.runs import same_random_numbers
 
 
 def is_importance(criterion: Any) -> bool:
