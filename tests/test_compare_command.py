@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 
 from processes import Fits
@@ -71,6 +72,7 @@ def test_the_command_compares_keeps_what_is_done_and_tells_of_a_pair_that_refuse
 
     from test_report import history
 
+    wandb.finish()  # else all of it need not be in the file yet
     (file,) = out.glob("wandb/offline-run-*/*.wandb")  # those of the fits are in their folders
     rows = history(file)
     assert any("compare/arms" in row or "compare/arms/_type" in row for row in rows)
