@@ -1,4 +1,4 @@
-"""What the tests of pruning in a Trainer share: modules of several makes, and a callback with small numbers."""
+"""What the tests of pruning share: modules of several makes, a residual network, and a callback with small numbers."""
 
 from typing import Any
 
@@ -130,3 +130,43 @@ def snapshots(tip: FilterPruningCallback) -> list[dict[str, Any]]:
 
     tip._step = noting  # type: ignore[method-assign]
     return taken
+
+
+class Block(nn.Module):
+    """A residual network with one block; functional and in-place calls as they come in the wild."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv3 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(x)).relu_()
+        out = self.bn3(self.conv3(out))
+        out += x
+        out = torch.relu(out)
+        return self.head(self.drop(out.mean((2, 3))))
+
+
+def network() -> Block:
+    """With statistics and scales as after training."""
+    torch.manual_seed(0)
+    model = Block()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.constant_(module.running_var, 0.1)
+    return model
+
+
+BATCHES = [
+    (torch.randn(n, 2, 5, 5, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 3) for n in (4, 4, 2)
+]
