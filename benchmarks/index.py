@@ -122,7 +122,7 @@ def by_arm(rows: list[dict[str, str]], value: str, arm: str = "arm", seed: str =
 def data() -> list[Study]:
     studies = []
     for steps, arm in (("2400", "mixed_teacher"), ("800", "pseudo_labels")):
-        if rows := [row for row in rows_of("data/pseudo_labels.csv") or [] if row["steps"] == steps]:
+        if chosen := [row for row in rows_of("data/pseudo_labels.csv") or [] if row["steps"] == steps]:
             studies.append(
                 Study(
                     "data/pseudo_labels.csv",
@@ -130,8 +130,8 @@ def data() -> list[Study]:
                     "test accuracy %",
                     "supervised",
                     arm,
-                    by_arm(rows, "test_acc"),
-                    costs=by_arm(rows, "cpu_seconds"),
+                    by_arm(chosen, "test_acc"),
+                    costs=by_arm(chosen, "cpu_seconds"),
                 )
             )
     if rows := rows_of("data/replay.csv"):
