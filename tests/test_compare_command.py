@@ -88,7 +88,8 @@ def test_the_command_compares_keeps_what_is_done_and_tells_of_a_pair_that_refuse
 
 
 def test_arms_of_an_ensemble_and_of_a_users_own_can_be_read_by_fit(tmp_path: Path, monkeypatch) -> None:
-    from lightning_tips.cli.compare import ParseCLI, arms_asked_for
+    from lightning_tips.cli.compare import arms_asked_for
+    from lightning_tips.cli.run import ParseCLI
 
     yaml_of = Path(__file__).parent.parent / "configs" / "ensemble.yaml"
     monkeypatch.setattr(sys, "argv", ["compare", f"--config={yaml_of}", "--trainer.accelerator=cpu"])

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 import lightning_tips
 from lightning_tips.cli.compare_cost import measure_arms
-from lightning_tips.cli.run import BuildCLI, wandb_without_login
+from lightning_tips.cli.run import ParseCLI, wandb_without_login
 from lightning_tips.compare import (
     Arm,
     arm_csv,
@@ -43,29 +43,6 @@ from lightning_tips.core import Fit, TipCallback, TipMixin, devices, run_fits
 
 WRAPPERS = {f"{path}.EnsembleModule": "member" for path in ("lightning_tips", "lightning_tips.ensemble.module")}
 """Models that are tips, and which of their arguments is the model without the tip."""
-
-
-class ParseCLI(BuildCLI):
-    """Reads a yaml for ``fit`` and builds nothing of it until asked to."""
-
-    def instantiate_classes(self) -> None:
-        """Later: :meth:`build`."""
-
-    def build(self) -> None:
-        """Builds all that the yaml names."""
-        super().instantiate_classes()
-
-    def read(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """A whole configuration as plain data."""
-        return self.plain(self.parser.parse_args(list(arguments)))
-
-    def plain(self, config: Any) -> dict[str, Any]:
-        """The same of a configuration that has been read."""
-        return dict(yaml.safe_load(self.parser.dump(config, skip_none=False)))
-
-    def short(self, arguments: Sequence[str]) -> str:
-        """A configuration as a yaml for people: without what is as by default."""
-        return str(self.parser.dump(self.parser.parse_args(list(arguments)), skip_none=True, skip_default=True))
 
 
 def _options() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +14,9 @@ import yaml
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_tips.cli.run import ParseCLI
 from lightning_tips.core import accept_other_shapes, inputs_of
 from lightning_tips.pruning import count_cost, measure_latencies, measure_latency
-
-if TYPE_CHECKING:
-    from lightning_tips.cli.compare import ParseCLI
 
 SHARE = 0.003
 """Of the time of the fits, at most so much goes into measuring latencies; but a few passes are made in any case."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -128,3 +130,26 @@ class BuildCLI(TipsCLI):
         """Takes the loggers away."""
         self.loggers = Namespace(given=self.config.trainer.logger).as_dict()["given"]
         self.config.trainer.logger = False
+
+
+class ParseCLI(BuildCLI):
+    """Reads a yaml for ``fit`` and builds nothing of it until asked to."""
+
+    def instantiate_classes(self) -> None:
+        """Later: :meth:`build`."""
+
+    def build(self) -> None:
+        """Builds all that the yaml names."""
+        super().instantiate_classes()
+
+    def read(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """A whole configuration as plain data."""
+        return self.plain(self.parser.parse_args(list(arguments)))
+
+    def plain(self, config: Any) -> dict[str, Any]:
+        """The same of a configuration that has been read."""
+        return dict(yaml.safe_load(self.parser.dump(config, skip_none=False)))
+
+    def short(self, arguments: Sequence[str]) -> str:
+        """A configuration as a yaml for people: without what is as by default."""
+        return str(self.parser.dump(self.parser.parse_args(list(arguments)), skip_none=True, skip_default=True))
