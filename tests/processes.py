@@ -175,6 +175,9 @@ def _command(arguments: list[str]) -> None:
 
 
 def _script(script: Path, arguments: tuple[str, ...]) -> None:
+    for name, module in list(sys.modules.items()):  # a script has no tests to import
+        if str(getattr(module, "__file__", "")).startswith(TESTS):
+            del sys.modules[name]
     sys.argv = [str(script), *arguments]
     sys.path[:] = [str(script.parent), *(path for path in sys.path if path != TESTS)]
     runpy.run_path(str(script), run_name="__main__")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -318,7 +319,12 @@ SETTINGS = [
             "pseudo_share": 0.25,
             "pseudo_threshold": 0.0,
             "pseudo_max_drop": 1.0,
-            "pseudo_options": {"epoch_size": 128, "top_share": 0.5, "align": True},
+            "pseudo_options": {
+                "epoch_size": 128,
+                "top_share": 0.5,
+                "align": True,
+                "reference": str(Path(__file__).with_name("supervised_metrics.csv")),
+            },
         },
         data="LoaderData",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -26,7 +27,7 @@ class LoaderTip(TipCallback):
     comes_first: ClassVar[bool] = False
     """Whether it comes before all others that change loaders: for what decides which samples there are."""
 
-    samplers: list[Any]
+    samplers: Sequence[Any] = ()
     """Those of the training loaders that depend on seed, epoch and position alone, once training has begun."""
 
     @abstractmethod

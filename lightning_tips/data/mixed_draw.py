@@ -137,7 +137,7 @@ class MixedSampler(OrderedSampler):
         if size < 1 or batch_size < 1:
             raise ValueError(f"size={size} and batch_size={batch_size} must be at least 1.")
         self.main, self.batch_size = main, int(batch_size)
-        self.epoch_size = self.size = int(size)
+        self.epoch_size = int(size)
         self.set_extra([], 0.0)
 
     def set_extra(self, indices: ArrayLike, share: float, weights: ArrayLike | None = None) -> None:
@@ -170,7 +170,7 @@ class MixedSampler(OrderedSampler):
 
     def order(self, size: int | None = None) -> Array:
         """What all ranks draw together in the epoch that was set, batch after batch: (size,) int64."""
-        size = self.size if size is None else size
+        size = self.epoch_size if size is None else size
         is_extra = draw_mixed(size, self.share)
         order = np.empty(size, np.int64)
         order[~is_extra] = self._draw_main(int((~is_extra).sum()))

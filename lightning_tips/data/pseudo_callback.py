@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -59,8 +60,9 @@ class PseudoLabelCallback(MixingTip):
         mode: ``"max"`` or ``"min"``.
         patience: See ``max_drop``.
         reference: What supervised training reaches: a value; or the ``metrics.csv`` of a supervised run, as
-            ``CSVLogger`` and ``RunReportCallback`` write it, of which the value at the same step counts. By default the
-            best value before the first round, which a supervised run of equal length would go beyond.
+            ``CSVLogger`` and ``RunReportCallback`` write it, of which the value at the same step counts, beyond its end
+            the last one. (With several optimizers take that of ``RunReportCallback``: ``CSVLogger`` counts batches.) By
+            default the best value before the first round, which a supervised run of equal length would go beyond.
         audit: Whether to compare with the labels that the unlabelled set has, and report how many are right.
         input_key: Key of the inputs in samples that are mappings, if it is none of the usual ones.
         target_key: Key of the label, likewise.
@@ -96,7 +98,7 @@ class PseudoLabelCallback(MixingTip):
         monitor: str = "val_acc",
         mode: Literal["min", "max"] = "max",
         patience: int = 3,
-        reference: float | str | None = None,
+        reference: float | str | os.PathLike[str] | None = None,
         audit: bool = False,
         input_key: str | None = None,
         target_key: str | None = None,
@@ -129,8 +131,11 @@ class PseudoLabelCallback(MixingTip):
         self.reference = reference
         self._guard: SupervisedGuard | None = None
         if max_drop is not None:
-            value = None if isinstance(reference, str) else reference  # the file is read when a run begins
+            # A file is read when a run begins.
+            value = None if isinstance(reference, str | os.PathLike) else reference
             self._guard = SupervisedGuard(max_drop, mode, patience, value)
+        elif reference is not None:
+            raise ValueError(f"reference={reference!r} is for the guard, which max_drop=None leaves out.")
         self._metric = Monitor(monitor, f"{type(self).__name__} (its guard; max_drop=None leaves it out)")
         self._data: RelabelledDataset | None = None
         self._loader: DataLoader[Any] | None = None
@@ -143,8 +148,9 @@ class PseudoLabelCallback(MixingTip):
         size = f" of {len(self._data.unlabelled):,}" if self._data is not None else ""
         guard = ""
         if self._guard is not None:
-            than = " than in the supervised run" if isinstance(self.reference, str) else ""
-            guard = f"; stops if {self.monitor} stays {self._guard.max_drop:g} worse{than}"
+            by = f" by {self._guard.max_drop:g}" if self._guard.max_drop else ""
+            than = "in the supervised run" if self._is_file(self.reference) else "before"
+            guard = f"; stops if {self.monitor} stays worse{by} than {than}"
         return (
             f"labels{size} by {self._teacher.name} above {self.threshold:g}, {self.share:.0%} of each batch, from epoch"
             f" {self.first_epoch} every {self.every_n_epochs}{guard}"
@@ -155,6 +161,17 @@ class PseudoLabelCallback(MixingTip):
         if self._waits_for_reference:
             return f"nothing labelled: no value of {self.monitor} to compare with"
         return f"nothing labelled: the run ended before epoch {self.first_epoch}"
+
+    @staticmethod
+    def _is_file(reference: Any) -> bool:
+        return isinstance(reference, str | os.PathLike)
+
+    def _read_curve(self) -> tuple[list[tuple[int, float]] | None, str]:
+        """The supervised run, or what is wrong with it: the file need not be there on other ranks."""
+        try:
+            return read_curve(str(self.reference), self.monitor), ""
+        except ValueError as error:
+            return None, str(error)
 
     # ---- state
 
@@ -208,11 +225,11 @@ class PseudoLabelCallback(MixingTip):
         """Refuses what cannot work, and stands between the training data and the Trainer."""
         super().prepare(trainer, pl_module)
         self._data, self._loader, self._looked = None, None, -1
-        if self._guard is not None and isinstance(self.reference, str):
-            try:
-                self._guard.follow(read_curve(self.reference, self.monitor))
-            except ValueError as error:
-                raise MisconfigurationException(f"{type(self).__name__}(reference=...): {error}") from error
+        if self._guard is not None and self._is_file(self.reference):
+            curve, problem = agree(trainer, self._read_curve() if trainer.is_global_zero else (None, ""))
+            if curve is None:
+                raise MisconfigurationException(f"{type(self).__name__}(reference=...): {problem}")
+            self._guard.follow(curve)
         if self._waits_for_reference and self.first_epoch == 0:
             raise MisconfigurationException(
                 f"{type(self).__name__} is to begin in epoch 0, before there is a {self.monitor} to compare with. Set"
@@ -356,7 +373,7 @@ class PseudoLabelCallback(MixingTip):
 
     @property
     def _waits_for_reference(self) -> bool:
-        return self._guard is not None and self._guard.reference is None
+        return self._guard is not None and self._guard.waits
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The guard needs validation."""

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 from lightning_tips.core import did_you_mean
 
@@ -26,7 +26,7 @@ def read_curve(path: str | Path, metric: str) -> list[tuple[int, float]]:
         metric: Name of the metric.
 
     Returns:
-        Pairs of step and value, in the order of the steps.
+        Pairs of step and value, in the order of the steps; of several values of a step the last one written.
 
     Raises:
         ValueError: If there is no such file, or no values of that metric in it.
@@ -39,8 +39,8 @@ def read_curve(path: str | Path, metric: str) -> list[tuple[int, float]]:
         if metric not in names or "step" not in names:
             missing = metric if "step" in names else "step"
             raise ValueError(f"{path} has no column {missing!r}. {did_you_mean(missing, names)}")
-        curve = [(int(float(row["step"])), float(row[metric])) for row in rows if row[metric] and row["step"]]
-    if not (curve := sorted(pair for pair in curve if math.isfinite(pair[1]))):
+        values = {int(float(row["step"])): float(row[metric]) for row in rows if row[metric] and row["step"]}
+    if not (curve := sorted((step, value) for step, value in values.items() if math.isfinite(value))):
         raise ValueError(f"{path} has no value of {metric!r}.")
     return curve
 
@@ -53,7 +53,8 @@ class SupervisedGuard:
         mode: ``"max"`` or ``"min"``.
         patience: So many values in a row must be further away. A network first has to find its way.
         reference: What supervised training reaches: a value; a curve of a supervised run, of which the last value
-            until the same step counts; None: the best value before the first pseudo-labels.
+            until the same step counts (before its first one nothing is compared); None: the best value before the
+            first pseudo-labels.
 
     Example:
         >>> guard = SupervisedGuard(max_drop=0.02, patience=2)
@@ -74,13 +75,14 @@ class SupervisedGuard:
             raise ValueError(
                 f"max_drop={max_drop} must be 0 or more, patience={patience} at least 1, and mode={mode!r} min or max."
             )
-        self.max_drop, self.mode, self.patience, self._given = max_drop, mode, patience, reference
+        self.max_drop, self.mode, self.patience = max_drop, mode, patience
+        self._given: float | Curve | None = float(reference) if isinstance(reference, SupportsFloat) else reference
         self.reset()
 
     def reset(self) -> None:
         """Forgets the last run."""
         self._best: float | None = None  # of what was supervised in this run
-        self.reference: float | None = None if self._given is None else self._supervised(0)
+        self.reference = self._supervised(0)
         self._last: deque[tuple[float, float]] = deque(maxlen=self.patience)  # with what each is compared
 
     def follow(self, curve: Curve) -> None:
@@ -103,10 +105,16 @@ class SupervisedGuard:
         if mixed and self.reference is not None:
             self._last.append((value, self.reference))
 
+    @property
+    def waits(self) -> bool:
+        """Whether it needs a value of supervised training first."""
+        return self._given is None and self._best is None
+
     def _supervised(self, step: int) -> float | None:
-        if self._given is None or isinstance(self._given, float | int):
-            return self._best if self._given is None else float(self._given)
-        return self._given[max(bisect_right([at for at, _ in self._given], step) - 1, 0)][1]
+        if self._given is None or isinstance(self._given, float):
+            return self._best if self._given is None else self._given
+        before = bisect_right([at for at, _ in self._given], step)
+        return self._given[before - 1][1] if before else None
 
     @property
     def hurts(self) -> bool:

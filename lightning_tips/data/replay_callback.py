@@ -85,7 +85,7 @@ class ReplayCallback(MixingTip):
         if self.sampler is None:
             return f"{self.share:.0%} of each batch old samples"
         old = len(self.sampler.extra)
-        return f"{self.share:.0%} of each batch from {old:,} old samples: {self.sampler.size:,} samples an epoch"
+        return f"{self.share:.0%} of each batch from {old:,} old samples: {self.sampler.epoch_size:,} samples an epoch"
 
     # ---- state
 

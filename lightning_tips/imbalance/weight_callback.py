@@ -198,11 +198,6 @@ class ClassWeightCallback(TipCallback):
             return "both would weight the same loss. Keep one, or give each other losses=[...]."
         return None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lets go of a run that broke off."""
-        super().setup(trainer, pl_module, stage)
-        self.release()
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks for the losses."""
         self._found = []

@@ -215,8 +215,8 @@ class PruningCallback(TaughtTip):
             self._metric.on_train_start(trainer)
         if not self._finished:
             checks.check_optimizers(trainer, self)
-            if self._at_a_time() is None:
-                checks.warn_if_never(trainer, self.schedule, self._next_epoch)
+            by_schedule = self._at_a_time() is None
+            checks.warn_if_never(trainer, self.schedule if by_schedule else None, self._next_epoch)
             if not self._holders(pl_module):
                 raise MisconfigurationException(
                     f"{type(self).__name__}: {type(pl_module).__name__} has no convolution, so there is nothing to"

@@ -129,12 +129,18 @@ def check_optimizers(trainer: pl.Trainer, tip: object) -> None:
             )
 
 
-def warn_if_never(trainer: pl.Trainer, schedule: Schedule, next_epoch: int) -> None:
-    """Warns when the run ends before the last step, and its fine-tuning."""
+def warn_if_never(trainer: pl.Trainer, schedule: Schedule | None, next_epoch: int) -> None:
+    """Warns when the run ends before the last step, and its fine-tuning; without a schedule, before the first."""
     epochs = trainer.max_epochs
-    if epochs is None or epochs < 0 or getattr(trainer, "fast_dev_run", False) or next_epoch > schedule.last_epoch:
+    if epochs is None or epochs < 0 or getattr(trainer, "fast_dev_run", False):
         return
-    if schedule.last_epoch >= epochs:
+    if schedule is None:
+        if next_epoch >= epochs:
+            rank_zero_warn(
+                f"Nothing will be pruned: the first step is due in epoch {next_epoch}, and the run ends after {epochs}."
+                " Begin earlier, or train for longer."
+            )
+    elif next_epoch <= schedule.last_epoch and schedule.last_epoch >= epochs:
         rank_zero_warn(
             f"The target is not reached: the last pruning step is due in epoch {schedule.last_epoch}, and the run ends"
             f" after {epochs}. Take fewer steps, a smaller every_n_epochs, or train for longer."
