@@ -43,6 +43,18 @@ def test_any_module_is_pruned_where_its_network_is(module: type, tmp_path: Path)
             assert all(v.shape == parameter.shape for v in state.values() if isinstance(v, Tensor) and v.ndim)
 
 
+@pytest.mark.parametrize(
+    ("tip", "module"),
+    [
+        (FilterPruningCallback(target={"macs": 0.6}, filters_per_step=2, start_epoch=9), PlainModule),
+        (LayerPruningCallback(target={"macs": 0.6}, blocks_per_step=1, start_epoch=9), ResidualModule),
+    ],
+)
+def test_a_run_that_ends_before_the_first_step_is_told_of(tip: Any, module: type, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Nothing will be pruned: the first step is due in epoch 9"):
+        fit(tip, module(), folder=tmp_path, max_epochs=1)
+
+
 def test_without_a_sanity_check_it_prunes_before_the_first_step(tmp_path: Path) -> None:
     tip = pruning(start_epoch=0, schedule="one_shot")
     trainer = fit(tip, InnerModule(), folder=tmp_path, num_sanity_val_steps=0, max_epochs=1)
