@@ -300,6 +300,7 @@ ELSEWHERE = {
     "pruning/foreign.csv": "63 networks of other libraries",
     "pruning/latency.json": "speed-up by filters and blocks, against what the operations promise",
     "pruning/plan_time.json": "time to plan",
+    "pruning/temperature.csv": "the temperature of distillation, one seed",
     "transfer/cached_features.json": "time with cached features",
     "transfer/speed.json": "time of a step with frozen layers",
 }

@@ -9,7 +9,8 @@ shapes that ``l1`` ended with, from new weights, for the epochs of base and prun
 
 Each finished run is appended to ``accuracy.csv`` and skipped the next time, so the study can be interrupted; two
 processes with other ``--seeds`` or ``--networks`` and OMP_NUM_THREADS=1 share the work. Base networks are kept in
-``--cache``. Test accuracy in per cent, of the last epoch.
+``--cache``. Test accuracy in per cent, of the last epoch. ``temperature.csv`` is of ``--networks resnet20 --seeds 0
+--images 24000 --arms l1 l1_distilled`` with several ``--distill`` and ``--temperature``.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ STEPS = 2
 ARMS: dict[str, dict[str, Any] | None] = {
     "unpruned": None,
     "l1": {},
-    "l1_distilled": {"distill": 1.0},
+    "l1_distilled": {},
     "scratch": None,
     "random": {"criterion": "random"},
-    "l1_distilled_30": {"distill": 1.0, "target": {"macs": 0.3}},
+    "l1_distilled_30": {"target": {"macs": 0.3}},
     "l1_30": {"target": {"macs": 0.3}},
     "l2": {"criterion": "l2"},
     "taylor": {"criterion": "taylor"},
@@ -57,7 +58,19 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "mean_activation": {"criterion": "mean_activation"},
     "l1_global_raw": {"scope": "global_raw"},
 }
-COLUMNS = ["network", "arm", "seed", "images", "base_epochs", "epochs", "base_acc", "test_acc", "test_loss"]
+COLUMNS = [
+    "network",
+    "arm",
+    "seed",
+    "distill",
+    "temperature",
+    "images",
+    "base_epochs",
+    "epochs",
+    "base_acc",
+    "test_acc",
+    "test_loss",
+]
 COLUMNS += ["macs", "parameters", "cpu_seconds", "machine"]
 
 
@@ -154,6 +167,8 @@ class Study:
         if arm == "unpruned":
             return {"base_acc": accuracy} | fit(module, self.data, self.args.epochs)
         arguments = {"target": {"macs": 0.5}} | (ARMS[arm] or {})
+        if "distilled" in arm:
+            arguments |= {"distill": self.args.distill, "temperature": self.args.temperature}
         prune = FilterPruningCallback(steps=STEPS, start_epoch=0, module="network", **arguments)
         result = fit(module, self.data, self.args.epochs, prune)
         if arm == "l1":
@@ -170,6 +185,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--images", type=int, default=16_000)
     parser.add_argument("--base-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4, help="of the arms, the steps of pruning among them")
+    parser.add_argument("--distill", type=float, default=1.0, help="weight, in the arms with distillation")
+    parser.add_argument("--temperature", type=float, default=1.0, help="likewise")
     parser.add_argument("--lr", type=float, default=0.05, help="of the arms, at their start")
     parser.add_argument("--out", type=Path, default=here / "accuracy.csv")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lightning_tips_pruning")
@@ -189,11 +206,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.out.exists():
         with args.out.open() as file:
             rows = list(csv.DictReader(file))
-    done = {(row["network"], row["arm"], int(row["seed"])) for row in rows}
+    done = {tuple(row[column] for column in COLUMNS[:5]) for row in rows}
     for seed in args.seeds:
         for network in args.networks:
-            for arm in [a for a in args.arms if (network, a, seed) not in done]:
-                key = {"network": network, "arm": arm, "seed": seed, "images": args.images}
+            for arm in args.arms:
+                how = (args.distill, args.temperature) if "distilled" in arm else ("", "")
+                key = dict(zip(COLUMNS, (network, arm, seed, *how), strict=False))
+                if tuple(map(str, key.values())) in done:
+                    continue
+                key |= {"images": args.images}
                 study = Study(network, seed, data, args)
                 row = key | {"base_epochs": args.base_epochs, "epochs": args.epochs} | study.run(arm)
                 row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
