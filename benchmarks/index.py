@@ -297,6 +297,7 @@ ELSEWHERE = {
     "optimizer/resume.json": "resumed runs against uninterrupted ones",
     "optimizer/triggers.json": "false and missed alarms of the triggers",
     "pruning/criteria.json": "what the criteria find, one seed",
+    "pruning/dropped.csv": "three and four blocks out, fine-tuned for an epoch",
     "pruning/foreign.csv": "63 networks of other libraries",
     "pruning/latency.json": "speed-up by filters and blocks, against what the operations promise",
     "pruning/plan_time.json": "time to plan",
