@@ -16,7 +16,7 @@ from lightning_tips.core import Monitor, agree, class_counts, find_labels
 from lightning_tips.data.mixed_draw import natural_share
 from lightning_tips.data.mixed_loader import RelabelledDataset, find_dataset
 from lightning_tips.data.mixing_tip import MixingTip
-from lightning_tips.data.pseudo_guard import SupervisedGuard, read_curve
+from lightning_tips.data.pseudo_guard import SupervisedGuard, shared_curve
 from lightning_tips.data.pseudo_labels import Outputs, PseudoLabels, choose_pseudo_labels
 from lightning_tips.data.pseudo_report import Round, show_rounds, warn_of_odd_labels
 from lightning_tips.data.pseudo_teacher import Teacher, teacher_probabilities
@@ -149,7 +149,8 @@ class PseudoLabelCallback(MixingTip):
         guard = ""
         if self._guard is not None:
             by = f" by {self._guard.max_drop:g}" if self._guard.max_drop else ""
-            than = "in the supervised run" if self._is_file(self.reference) else "before"
+            than = "before" if self.reference is None else str(self.reference)
+            than = "in the supervised run" if isinstance(self.reference, str | os.PathLike) else than
             guard = f"; stops if {self.monitor} stays worse{by} than {than}"
         return (
             f"labels{size} by {self._teacher.name} above {self.threshold:g}, {self.share:.0%} of each batch, from epoch"
@@ -161,17 +162,6 @@ class PseudoLabelCallback(MixingTip):
         if self._waits_for_reference:
             return f"nothing labelled: no value of {self.monitor} to compare with"
         return f"nothing labelled: the run ended before epoch {self.first_epoch}"
-
-    @staticmethod
-    def _is_file(reference: Any) -> bool:
-        return isinstance(reference, str | os.PathLike)
-
-    def _read_curve(self) -> tuple[list[tuple[int, float]] | None, str]:
-        """The supervised run, or what is wrong with it: the file need not be there on other ranks."""
-        try:
-            return read_curve(str(self.reference), self.monitor), ""
-        except ValueError as error:
-            return None, str(error)
 
     # ---- state
 
@@ -225,11 +215,11 @@ class PseudoLabelCallback(MixingTip):
         """Refuses what cannot work, and stands between the training data and the Trainer."""
         super().prepare(trainer, pl_module)
         self._data, self._loader, self._looked = None, None, -1
-        if self._guard is not None and self._is_file(self.reference):
-            curve, problem = agree(trainer, self._read_curve() if trainer.is_global_zero else (None, ""))
-            if curve is None:
-                raise MisconfigurationException(f"{type(self).__name__}(reference=...): {problem}")
-            self._guard.follow(curve)
+        if self._guard is not None and isinstance(self.reference, str | os.PathLike):
+            try:
+                self._guard.follow(shared_curve(trainer, self.reference, self.monitor))
+            except ValueError as error:
+                raise MisconfigurationException(f"{type(self).__name__}(reference=...): {error}") from error
         if self._waits_for_reference and self.first_epoch == 0:
             raise MisconfigurationException(
                 f"{type(self).__name__} is to begin in epoch 0, before there is a {self.monitor} to compare with. Set"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
-from lightning_tips.core import did_you_mean
+import lightning.pytorch as pl
 
-__all__ = ["SupervisedGuard", "read_curve"]
+from lightning_tips.core import agree, did_you_mean
+
+__all__ = ["SupervisedGuard", "read_curve", "shared_curve"]
 
 Curve = Sequence[tuple[int, float]]
 
 
-def read_curve(path: str | Path, metric: str) -> list[tuple[int, float]]:
+def read_curve(path: str | os.PathLike[str], metric: str) -> list[tuple[int, float]]:
     """The values of a metric over the steps of a run that was there before.
 
     Args:
@@ -42,6 +45,25 @@ def read_curve(path: str | Path, metric: str) -> list[tuple[int, float]]:
         values = {int(float(row["step"])): float(row[metric]) for row in rows if row[metric] and row["step"]}
     if not (curve := sorted((step, value) for step, value in values.items() if math.isfinite(value))):
         raise ValueError(f"{path} has no value of {metric!r}.")
+    return curve
+
+
+def shared_curve(trainer: pl.Trainer, path: str | os.PathLike[str], metric: str) -> list[tuple[int, float]]:
+    """What :func:`read_curve` says on rank 0, on every rank: the file need not be there on others.
+
+    Raises:
+        ValueError: On every rank, as :func:`read_curve` does.
+    """
+    curve: list[tuple[int, float]] = []
+    problem = ""
+    if trainer.is_global_zero:
+        try:
+            curve = read_curve(path, metric)
+        except ValueError as error:
+            problem = str(error)
+    curve, problem = agree(trainer, (curve, problem))
+    if problem:
+        raise ValueError(problem)
     return curve
 
 
