@@ -2,8 +2,10 @@
 
     python benchmarks/pruning/accuracy.py
 
-Fashion-MNIST, ResNet-20 and VGG-11-BN (half its width), in bfloat16, tested in float32. One base network for each seed;
-every arm goes on from it for the same epochs, half of the target pruned at once, half after an epoch.
+Fashion-MNIST, ResNet-20 and VGG-11-BN (half its width), in bfloat16, tested in float32. One base network for each
+seed; every arm goes on from it for the same epochs, half of the target pruned at once, half after an epoch. Criteria
+that look at data of the run cannot prune before its first epoch: they do it an epoch later, and so does ``l1_later``,
+beside which they are to be read.
 The controls (Liu et al. 2019, arXiv 1810.05270): ``unpruned``, the base given the same extra epochs; ``scratch``, the
 shapes that ``l1`` ended with, from new weights, for the epochs of base and pruning together.
 
@@ -53,10 +55,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "l1_distilled_30": {"target": {"macs": 0.3}},
     "l1_30": {"target": {"macs": 0.3}},
     "l2": {"criterion": "l2"},
-    "taylor": {"criterion": "taylor"},
-    "apoz": {"criterion": "apoz"},
-    "mean_activation": {"criterion": "mean_activation"},
     "l1_global_raw": {"scope": "global_raw"},
+    "l1_later": {"start_epoch": 1},
+    "taylor": {"criterion": "taylor", "start_epoch": 1},
+    "apoz": {"criterion": "apoz", "start_epoch": 1},
+    "mean_activation": {"criterion": "mean_activation", "start_epoch": 1},
 }
 COLUMNS = [
     "network",
@@ -133,8 +136,7 @@ class Study:
     def __init__(self, network: str, seed: int, data: LightningDataModule, args: argparse.Namespace) -> None:
         self.network, self.seed, self.data, self.args = network, seed, data, args
         self.steps_per_epoch = len(data.train_dataloader())
-        images = len(data.train_dataloader().dataset)
-        self.stem = args.cache / f"{network}-{images}-{args.base_epochs}-seed{seed}"
+        self.stem = args.cache / f"{network}-{args.images}-{args.base_epochs}-seed{seed}"
 
     def base(self) -> tuple[ImageClassifier, float]:
         """The base network, from the cache if it is there, and its test accuracy."""
@@ -166,10 +168,10 @@ class Study:
             return {"base_acc": accuracy} | fit(module, self.data, total)
         if arm == "unpruned":
             return {"base_acc": accuracy} | fit(module, self.data, self.args.epochs)
-        arguments = {"target": {"macs": 0.5}} | (ARMS[arm] or {})
+        arguments = {"target": {"macs": 0.5}, "start_epoch": 0} | (ARMS[arm] or {})
         if "distilled" in arm:
             arguments |= {"distill": self.args.distill, "temperature": self.args.temperature}
-        prune = FilterPruningCallback(steps=STEPS, start_epoch=0, module="network", **arguments)
+        prune = FilterPruningCallback(steps=STEPS, module="network", **arguments)
         result = fit(module, self.data, self.args.epochs, prune)
         if arm == "l1":
             torch.save(module.state_dict(), shapes)
@@ -201,6 +203,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         data = FashionMNISTDataModule(batch_size=128, train_size=args.images)
     data.prepare_data()
     data.setup("fit")
+    args.images = len(data.train_dataloader().dataset)
 
     rows: list[dict[str, Any]] = []
     if args.out.exists():
@@ -231,18 +234,32 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Accuracy less that of the base network, seed by seed; mean and spread."""
+    """The tables of the card: mean and spread over seeds, against the base and the unpruned network of each seed."""
     for network in NETWORKS:
-        for arm in ARMS:
-            chosen = [r for r in rows if (r["network"], r["arm"]) == (network, arm)]
-            if chosen:
-                gains = [float(r["test_acc"]) - float(r["base_acc"]) for r in chosen]
-                spread = statistics.stdev(gains) if len(gains) > 1 else float("nan")
-                accuracy = statistics.fmean(float(r["test_acc"]) for r in chosen)
-                print(
-                    f"{network:10} {arm:18} {accuracy:6.2f}  {statistics.fmean(gains):+5.2f} to the base"
-                    f" (sd {spread:.2f}, {len(gains)} seeds), {float(chosen[0]['macs']) / 1e6:.1f}M MACs"
-                )
+        of = {arm: {str(r["seed"]): r for r in rows if (r["network"], r["arm"]) == (network, arm)} for arm in ARMS}
+        whole = of["unpruned"]
+        if not any(of.values()):
+            continue
+        print(f"| {network} | seeds | MACs (M) | parameters (k) | test % | minus base | minus unpruned |")
+        print("|---|---|---|---|---|---|---|")
+        for arm, mine in of.items():
+            if not mine:
+                continue
+            accuracy = {seed: float(r["test_acc"]) for seed, r in mine.items()}
+            gains = [accuracy[seed] - float(r["base_acc"]) for seed, r in mine.items()]
+            losses = [accuracy[s] - float(whole[s]["test_acc"]) for s in mine if s in whole and arm != "unpruned"]
+            cells = [arm, str(len(mine))]
+            cells += [f"{statistics.fmean(float(r['macs']) for r in mine.values()) / 1e6:.1f}"]
+            cells += [f"{statistics.fmean(float(r['parameters']) for r in mine.values()) / 1e3:.0f}"]
+            cells += [spread(list(accuracy.values()), ""), spread(gains), spread(losses)]
+            print(f"| {' | '.join(cells)} |")
+
+
+def spread(values: list[float], sign: str = "+") -> str:
+    """Mean and standard deviation, or what there is of them."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.2f}" if values else ""
+    return f"{statistics.fmean(values):{sign}.2f} (sd {statistics.stdev(values):.2f})"
 
 
 if __name__ == "__main__":
