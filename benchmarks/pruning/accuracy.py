@@ -168,7 +168,7 @@ class Study:
             return {"base_acc": accuracy} | fit(module, self.data, total)
         if arm == "unpruned":
             return {"base_acc": accuracy} | fit(module, self.data, self.args.epochs)
-        arguments = {"target": {"macs": 0.5}, "start_epoch": 0} | (ARMS[arm] or {})
+        arguments: dict[str, Any] = {"target": {"macs": 0.5}, "start_epoch": 0} | (ARMS[arm] or {})
         if "distilled" in arm:
             arguments |= {"distill": self.args.distill, "temperature": self.args.temperature}
         prune = FilterPruningCallback(steps=STEPS, module="network", **arguments)
