@@ -129,13 +129,15 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
 def _undone(module: nn.Module) -> Iterator[None]:
     """Afterwards buffers, plain attributes and the flags of parameters are what they were, in every submodule.
 
-    Of attributes: which object each one is, and what is directly in tensors, lists, dicts and sets.
+    Of attributes: which object each one is, and what is directly in lists, dicts, sets and, up to 256 MB, tensors: of
+    whole datasets a second copy may not fit.
     """
     parts = list(module.modules())
     before = [{name: value for name, value in vars(part).items() if name not in _REGISTRIES} for part in parts]
     held = [value for values in before for value in values.values()]
     contents = [(value, copy.copy(value)) for value in held if type(value) in (list, dict, set)]
-    tensors = [t for t in [*module.buffers(), *held] if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    tensors = [value for value in held if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+    tensors = [*module.buffers(), *(tensor for tensor in tensors if size_in_bytes(tensor) <= 2**28)]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     buffers = [dict(part._buffers) for part in parts]
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
