@@ -97,6 +97,23 @@ def test_channels_of_a_pixel_go_together():
     assert kept["c.0.weight"][1] == (places[:, 0] // 4).tolist()
 
 
+def test_a_depthwise_convolution_may_go_down_to_one_channel():
+    def separable() -> nn.Sequential:
+        depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 1), depthwise, nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1)
+        )
+
+    model, whole = separable(), separable()
+    plan = prune_filters(model, IMAGES, filters=14, floor=0.0, scope="layer", protect=["3"]).plan
+    assert plan.channels == {"0": (8, 1), "1": (8, 1)}
+    plan = prune_filters(model, IMAGES, filters=4, floor=0.0).plan  # and further, where it has that one already
+    assert plan.channels == {"3": (16, 12)}
+    accept_other_shapes(model)
+    model.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(model(IMAGES), whole(IMAGES))
+
+
 def test_masks_that_pick_entries_are_not_taken_for_labels():
     class Picks(Between):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

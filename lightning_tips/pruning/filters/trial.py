@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core.resize import follow_shapes, keep_indices, named_tensors
+from lightning_tips.core.layer_numbers import follow_shapes
+from lightning_tips.core.resize import keep_indices, named_tensors
 from lightning_tips.pruning.filters.plan import PruningPlan
 from lightning_tips.pruning.networks.limits import LimitReached, check_limits
 from lightning_tips.pruning.networks.runs import Forward

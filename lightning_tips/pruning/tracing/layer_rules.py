@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from lightning_tips.core.layer_numbers import is_depthwise
 from lightning_tips.pruning.tracing import labels as lb
 
 if TYPE_CHECKING:
@@ -104,13 +105,13 @@ def _refuse(trace: ChannelTrace, layer: nn.Module, name: str, labels: Tensor, ou
 def _convolution(trace: ChannelTrace, layer: _ConvNd, name: str, labels: Tensor, output: Tensor) -> Tensor:
     dim = -1 - len(layer.kernel_size)
     transposed, links = isinstance(layer, _ConvTransposeNd), trace.links
-    if layer.groups == 1:
+    depthwise = is_depthwise(layer)
+    if layer.groups == 1 and not depthwise:
         return _weighted(trace, layer, name, labels, output, dim, transposed)
     channels = _along(trace, labels, dim)
     if channels is None:
         return _refuse(trace, layer, name, labels, output, f"comes into {name} as more than channels")
     groups = layer.groups
-    depthwise = groups == layer.in_channels
     if transposed and not depthwise:
         return _refuse(trace, layer, name, labels, output, f"{name} is a transposed convolution in groups")
     if transposed:  # depthwise: the weight is (channels, outputs of a channel, ...)
