@@ -343,6 +343,7 @@ class PruningCallback(TaughtTip):
         self._finished = bool(proposal["done"])
         if self._finished:
             self._sample.clear()
+        self._scores.begin(trainer)
         if self.reset_best and watched_by(trainer):
             reset_best(trainer)
         self.record(trainer, proposal["what"], **proposal["details"])
