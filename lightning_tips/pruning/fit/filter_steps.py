@@ -61,7 +61,7 @@ class FilterSteps(PruningCallback):
     ) -> None:
         """Adds up what ``"taylor"`` needs."""
         if self._taylor is not None and not self._finished and self._network is not None:
-            self._taylor.add(self._target(pl_module)[0])
+            self._taylor.add(self._target(pl_module)[0], optimizer)
 
     # ---- what is taken out
 
