@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.optim import LBFGS
 
 from lightning_tips.core import TipCallback, did_you_mean, require_strategy
 from lightning_tips.core.lightning_private import starts_processes
 from lightning_tips.pruning.filters.prune import plan_filters
 from lightning_tips.pruning.fit.schedule import Schedule
+from lightning_tips.pruning.networks.measure import check_goal
 
 GIVEN = {
     *("model", "example_inputs", "criterion", "target", "filters", "scope", "round_to", "batches", "forward", "loss"),
@@ -47,10 +50,9 @@ def check_target(target: Mapping[str, float]) -> dict[str, float]:
     for name, value in target.items():
         if name not in TARGETS:
             raise ValueError(f"target has no {name!r}. {did_you_mean(str(name), TARGETS)}")
-        if not (math.isfinite(value) and value > 0) or value == 1:
-            raise ValueError(f"target[{name!r}]={value!r} must be a share in (0, 1) or, above 1, a number.")
         if name == "latency" and value >= 1:
             raise ValueError(f"target['latency']={value!r} must be a share in (0, 1) of the unpruned network's.")
+        check_goal(name, value)
     return {name: float(value) for name, value in target.items()}
 
 
@@ -107,6 +109,13 @@ def conflict(other: object) -> str | None:
     if isinstance(other, TipCallback) and (reason := other.keeps_shapes()):
         return f"{reason}, and these change. Run one after the other: the second one goes on from load_pruned."
     return None
+
+
+def why_nothing(module: nn.Module) -> str:
+    """Why there is nothing to prune in a module in which no convolution was found."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return "a scripted network cannot be pruned; use the nn.Module that it was made from."
+    return f"{type(module).__name__} has no convolution, so there is nothing to prune."
 
 
 def check_run(trainer: pl.Trainer, tip: object) -> None:

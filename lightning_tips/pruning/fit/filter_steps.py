@@ -81,9 +81,12 @@ class FilterSteps(PruningCallback):
         shares = self._shares()
         self._elsewhere = read_elsewhere(network, example)
         counted = {name: share for name, share in shares.items() if name != "latency"}
-        # Data is not there yet; what can be pruned at all does not depend on the criterion.
-        criterion = "l1" if self.criterion in ("mean_activation", "apoz", "taylor") else self.criterion
-        self._plan(network, example, criterion=criterion, target=counted or {"macs": 0.9})
+        changes: dict[str, Any] = {}
+        if self._taylor is not None:  # gradients are not there yet; what can be pruned does not depend on them
+            changes["criterion"] = "l1"
+        elif self._looks_at_activations:  # nor are batches, but the example says what the criterion cannot rank
+            changes |= {"batches": [example], "score_forward": call_network}
+        self._plan(network, example, **changes, target=counted or {"macs": 0.9})
 
     def _plan(self, network: nn.Module, example: Inputs, **changes: Any) -> PruningPlan:
         arguments: dict[str, Any] = {"criterion": self.criterion, "scope": self.scope} | self.plan

@@ -79,8 +79,8 @@ def channel_scores(
         For each layer float32 ``(out_channels,)`` on the layer's device, all finite.
 
     Raises:
-        ValueError: Unknown criterion or layer, no data where it is needed, a layer without the BatchNorm or ReLU that
-            the criterion asks for, a layer that did not run, or scores that are not finite.
+        ValueError: Unknown criterion or layer, a function that raises, no data where it is needed, a layer without the
+            BatchNorm or ReLU that the criterion asks for, a layer that did not run, or scores that are not finite.
         TypeError: A layer that is no convolution and no linear layer; a loss that cannot be told.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -90,9 +90,7 @@ def channel_scores(
         norms = {layer: None if norm is None else model.get_submodule(norm) for layer, norm in names.items()}
         return _checked(importance_scores(criterion, chosen, norms, seed), chosen, type(criterion).__name__)
     if callable(criterion):
-        with torch.no_grad():
-            scores = {name: criterion(name, layer) for name, layer in chosen.items()}
-        return _checked(scores, chosen, getattr(criterion, "__name__", "the criterion"))
+        return _checked(_own_scores(criterion, chosen), chosen, getattr(criterion, "__name__", "the criterion"))
     if criterion not in _BY_WEIGHTS and criterion not in ("random", "bn_scale", *NEEDS_BATCHES):
         known = (*_BY_WEIGHTS, "random", "bn_scale", *sorted(NEEDS_BATCHES))
         raise ValueError(f"Unknown criterion {criterion!r}. {did_you_mean(str(criterion), known)}")
@@ -124,6 +122,18 @@ def _layer(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
     if is_lazy(weight_of(layer)):
         raise ValueError(f"{name} has no weights yet; run the model once before its channels are ranked.")
     return layer
+
+
+def _own_scores(criterion: Callable[[str, nn.Module], Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    scores = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            try:
+                scores[name] = criterion(name, layer)
+            except Exception as error:  # else it would be taken for one of the network
+                own = getattr(criterion, "__name__", type(criterion).__name__)
+                raise ValueError(f"The criterion {own} fails for {name}: {type(error).__name__}: {error}") from error
+    return scores
 
 
 def _checked(scores: Mapping[str, Tensor], layers: Mapping[str, nn.Module], criterion: str) -> dict[str, Tensor]:

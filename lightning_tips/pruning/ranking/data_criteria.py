@@ -140,11 +140,17 @@ class GradientScores:
 
     @torch.no_grad()
     def add(self, network: nn.Module, optimizer: Optimizer) -> None:
-        """Adds the gradients of what the optimizer is about to step; those of others may be old, and come themselves."""
+        """Adds the gradients of what the optimizer is about to step; those of others may be old."""
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in network.named_modules():
             weight = getattr(layer, "weight", None)
-            if not isinstance(layer, _ConvNd | nn.Linear) or id(weight) not in stepped or weight.grad is None:
+            if (
+                not isinstance(layer, _ConvNd | nn.Linear)
+                or not isinstance(weight, Tensor)
+                or id(weight) not in stepped
+            ):
+                continue
+            if weight.grad is None:
                 continue
             score = by_channel(layer, weight.grad.float() * weight.float()).sum(1).square()
             name = name.replace(f"{COMPILED}.", "")
