@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tips.core import accept_other_shapes
-from lightning_tips.pruning import count_cost, plan_filters, prune_filters
+from lightning_tips.core import RemovedBlock, accept_other_shapes
+from lightning_tips.pruning import count_cost, measure_latency, plan_filters, prune_filters, reestimate_batch_norm
 from lightning_tips.pruning.networks import limits as limits_module
 from lightning_tips.pruning.tracing.trace import without_modes
 
@@ -148,6 +148,19 @@ def test_a_weight_used_outside_of_its_layer_is_named_as_such():
 
     plan = plan_filters(Functional(), IMAGES, target={"macs": 0.9})
     assert plan.left_out["spare"] == "its weight is used outside of its forward"
+
+
+@pytest.mark.parametrize("criterion", ["l1", "random", "bn_scale", "mean_activation", "taylor"])
+def test_the_default_device_of_torch_may_be_another_one(criterion):
+    model, batches = Between(), [(IMAGES, torch.arange(2))]
+    expected = plan_filters(model, IMAGES, criterion=criterion, target={"macs": 0.5}, batches=batches)
+    with torch.device("meta"):  # as torch.set_default_device; it holds no values
+        plan = plan_filters(model, IMAGES, criterion=criterion, target={"macs": 0.5}, batches=batches)
+        assert reestimate_batch_norm(model, batches) == ["a.1", "b.1"]
+        assert measure_latency(model, IMAGES, repeats=1).median > 0
+        removed = RemovedBlock(model.a)
+    assert plan.kept == expected.kept
+    assert removed.restored()(IMAGES).shape == model.a(IMAGES).shape
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -117,7 +117,7 @@ def _candidates(callback: ModelCheckpoint, original: Any, old: Names) -> Any:
     """What files are named by, without the values that are old."""
 
     def candidates(trainer: pl.Trainer) -> dict[str, Tensor]:
-        unknown = dict.fromkeys(old() - {"epoch", "step"}, torch.tensor(float("nan")))
+        unknown = dict.fromkeys(old() - {"epoch", "step"}, torch.tensor(float("nan"), device="cpu"))
         return original(trainer) | unknown
 
     return candidates

@@ -73,7 +73,7 @@ class RemovedBlock(nn.Module):
             if name.rpartition(".")[2] in module._non_persistent_buffers_set
         }
         self._former = (former.to("meta"),)  # in a tuple, so that it is no submodule
-        self.register_buffer("removed", torch.empty(0, dtype=torch.uint8))
+        self.register_buffer("removed", torch.empty(0, dtype=torch.uint8, device=_device(block)))
         self._activate(activation)
         self.train(block.training)
 

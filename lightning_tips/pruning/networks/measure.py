@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -197,7 +198,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _quartiles(times: Sequence[float]) -> tuple[float, float]:
-    low, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    low, high = np.quantile(np.asarray(times), [0.25, 0.75])
     return float(low), float(high)
 
 

@@ -139,12 +139,12 @@ def _own_scores(criterion: Callable[[str, nn.Module], Tensor], layers: Mapping[s
 def _checked(scores: Mapping[str, Tensor], layers: Mapping[str, nn.Module], criterion: str) -> dict[str, Tensor]:
     result = {}
     for name, layer in layers.items():
-        score = torch.as_tensor(scores[name]).detach()
+        score = torch.as_tensor(scores[name], device=weight_of(layer).device).detach()
         if score.shape != (channels_of(layer),):
             raise ValueError(
                 f"{criterion} gave {name} scores of shape {tuple(score.shape)}, not ({channels_of(layer)},)."
             )
-        score = score.to(weight_of(layer).device, torch.float32)
+        score = score.to(torch.float32)
         wrong = int((~torch.isfinite(score)).sum())
         if wrong:
             raise ValueError(
@@ -170,7 +170,7 @@ _BY_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 def _random(name: str, layer: nn.Module, seed: int) -> Tensor:
     # The CPU's generator looks at the low 32 bits of a seed only, so both go into these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.rand(channels_of(layer), generator=generator)
+    return torch.rand(channels_of(layer), generator=generator, device="cpu")
 
 
 def _bn_scales(

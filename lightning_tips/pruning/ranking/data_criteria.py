@@ -97,7 +97,7 @@ def _means(
     dtype = torch.float32 if device.type == "mps" else torch.float64
     parts = []
     for name, layer in layers.items():
-        empty = torch.zeros(channels_of(layer))
+        empty = torch.zeros(channels_of(layer), device=device)
         parts.append(torch.cat([sums.get(name, empty).to(device, dtype), _scalar(counts.get(name, 0), device, dtype)]))
     if not parts:
         return {}
