@@ -9,14 +9,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import LBFGS
 
-from lightning_tips.core import TipCallback, did_you_mean, require_strategy
+from lightning_tips.core import TipCallback, callbacks_of, did_you_mean, require_strategy
 from lightning_tips.core.lightning_private import starts_processes
 from lightning_tips.pruning.filters.prune import plan_filters
 from lightning_tips.pruning.fit.schedule import Schedule
@@ -140,8 +145,8 @@ def check_optimizers(trainer: pl.Trainer, tip: object) -> None:
 
 def warn_if_never(trainer: pl.Trainer, schedule: Schedule | None, next_epoch: int) -> None:
     """Warns when the run ends before the last step, and its fine-tuning; without a schedule, before the first."""
-    epochs = trainer.max_epochs
-    if epochs is None or epochs < 0 or getattr(trainer, "fast_dev_run", False):
+    epochs = _epochs(trainer)
+    if epochs is None or getattr(trainer, "fast_dev_run", False):
         return
     if schedule is None:
         if next_epoch >= epochs:
@@ -154,3 +159,20 @@ def warn_if_never(trainer: pl.Trainer, schedule: Schedule | None, next_epoch: in
             f"The target is not reached: the last pruning step is due in epoch {schedule.last_epoch}, and the run ends"
             f" after {epochs}. Take fewer steps, a smaller every_n_epochs, or train for longer."
         )
+
+
+def _epochs(trainer: pl.Trainer) -> int | None:
+    """After how many epochs the run ends at the latest, by ``max_epochs`` or by ``max_steps``; ``None`` if unknown.
+
+    Its loaders are there, but nothing has been trained. How long ``max_time`` lasts is not known.
+    """
+    known = [] if trainer.max_epochs is None or trainer.max_epochs < 0 else [trainer.max_epochs]
+    batches = trainer.num_training_batches
+    schedulers = [c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    same = trainer.lightning_module.automatic_optimization and not any(
+        scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers
+    )  # the number of steps in each epoch
+    if trainer.max_steps >= 0 and same and 0 < batches < math.inf:
+        each = math.ceil(batches / trainer.accumulate_grad_batches)
+        known.append(trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / each))
+    return min(known, default=None)
