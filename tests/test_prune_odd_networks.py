@@ -150,6 +150,24 @@ def test_a_weight_used_outside_of_its_layer_is_named_as_such():
     assert plan.left_out["spare"] == "its weight is used outside of its forward"
 
 
+def test_no_float64_is_asked_of_a_device_that_may_not_have_it(monkeypatch):
+    moved: list[Tensor] = []
+    double, cpu = Tensor.double, Tensor.cpu
+
+    def to_cpu(tensor: Tensor) -> Tensor:
+        moved.append(cpu(tensor).clone())
+        return moved[-1]
+
+    def on_cpu_only(tensor: Tensor) -> Tensor:
+        assert any(tensor is other for other in moved)  # MPS would raise
+        return double(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", to_cpu)
+    monkeypatch.setattr(Tensor, "double", on_cpu_only)
+    assert prune_filters(Between(), IMAGES, target={"macs": 0.5}).ratios["macs"] <= 0.5
+    assert moved
+
+
 @pytest.mark.parametrize("criterion", ["l1", "random", "bn_scale", "mean_activation", "taylor"])
 def test_the_default_device_of_torch_may_be_another_one(criterion):
     model, batches = Between(), [(IMAGES, torch.arange(2))]
