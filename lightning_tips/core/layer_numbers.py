@@ -5,9 +5,11 @@ Pure functions on torch objects.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 _MULTIPLIER = "depthwise_multiplier"
 """Attribute of a depthwise convolution that is down to one channel: outputs of a channel. Copies and pickles have it, a
@@ -17,6 +19,7 @@ _MULTIPLIER = "depthwise_multiplier"
 def follow_shapes(module: nn.Module) -> None:
     """Sets the numbers that torch's layers keep beside their tensors (``out_channels``, ...) to what these have."""
     for layer in module.modules():
+        _compute_again(layer)
         weight = getattr(layer, "weight", None)
         if isinstance(layer, _ConvNd) and isinstance(weight, Tensor):
             _follow_convolution(layer, weight)
@@ -33,6 +36,16 @@ def follow_shapes(module: nn.Module) -> None:
             layer.num_embeddings, layer.embedding_dim = weight.shape
         elif isinstance(layer, nn.PReLU) and isinstance(weight, Tensor):
             layer.num_parameters = weight.numel()
+
+
+def _compute_again(layer: nn.Module) -> None:
+    """Weights that a hook of torch computes before each call (masks, the old ``weight_norm`` and ``spectral_norm``)."""
+    with torch.inference_mode(False), torch.no_grad():
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):  # without a step of its power method
+                setattr(layer, hook.name, hook.compute_weight(layer, do_power_iteration=False))
+            elif type(hook).__module__.startswith("torch.nn.utils."):
+                hook(layer, ())
 
 
 def is_depthwise(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tips.core.layer_numbers import follow_shapes
+from lightning_tips.core.spectral_norms import settle_spectral_norms
 
 Kept = Mapping[str, Sequence["Sequence[int] | None"]]
 """What stays of each tensor, by its name in the ``state_dict``: for each dimension the indices, in ascending order, or
@@ -155,6 +156,7 @@ def keep_indices(module: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] 
                 _exchange(tensor, _take(tensor.data, indices))
                 if gradient is not None:
                     tensor.grad = _take(gradient, indices)
+        settle_spectral_norms(module, done)
     follow_shapes(module)
 
 
