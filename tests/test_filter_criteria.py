@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from harness import PlainModule, assert_same, bits, every_step, fit
-from prunable import pruning
+from harness import STEPS_A_EPOCH, PlainData, PlainModule, assert_same, bits, build, every_step, fit
+from prunable import TogglingModule, pruning
 
 
 @pytest.mark.parametrize("criterion", ["l2", "geometric_median", "bn_scale", "mean_activation"])
@@ -45,6 +46,27 @@ def test_gradients_that_rank_come_back_with_the_network(tmp_path: Path) -> None:
     for step in (9, 14):
         again = run(max_epochs=4, ckpt_path=tmp_path / "k" / f"step-step={step}.ckpt")
         assert_same(bits(again), bits(whole), f"step {step}")
+
+
+def test_taylor_adds_up_the_steps_of_the_optimizer_that_has_the_layer(tmp_path: Path) -> None:
+    class Noting(TogglingModule):
+        """While the other optimizer steps, the network's gradients are still those of its own step."""
+
+        expected = torch.zeros(8)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if optimizer is self.trainer.optimizers[0]:
+                weight = self.net[0].weight
+                self.expected = self.expected + (weight.grad * weight).detach().sum((1, 2, 3)).square()
+
+    tip = pruning(criterion="taylor", start_epoch=1, schedule="one_shot", module="net")
+    module = Noting()
+    trainer, _ = build(tip, module, folder=tmp_path, max_epochs=1)
+    with pytest.warns(UserWarning, match="The target is not reached"):
+        trainer.fit(module, datamodule=PlainData())
+    assert tip._taylor.steps == STEPS_A_EPOCH
+    found = tip._taylor.criterion(module.net)("0", module.net[0])
+    torch.testing.assert_close(found, module.expected / STEPS_A_EPOCH)
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "apoz", "mean_activation"])

@@ -26,7 +26,7 @@ from lightning_tips.pruning.fit.latency import plan_for_latency
 from lightning_tips.pruning.fit.schedule import Schedule, steps_until
 from lightning_tips.pruning.networks.copies import plain_copy, real_names
 
-from harness import PlainData, PlainModule, ResidualModule, assert_same, bits, build, every_step, fit
+from harness import STEPS_A_EPOCH, PlainData, PlainModule, ResidualModule, assert_same, bits, build, every_step, fit
 from prunable import InnerModule, ManualModule, TogglingModule, pruning, widths
 
 
@@ -53,6 +53,16 @@ def test_any_module_is_pruned_where_its_network_is(module: type, tmp_path: Path)
 def test_a_run_that_ends_before_the_first_step_is_told_of(tip: Any, module: type, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Nothing will be pruned: the first step is due in epoch 9"):
         fit(tip, module(), folder=tmp_path, max_epochs=1)
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, STEPS_A_EPOCH), (3, 2)])  # the last step of an epoch has less
+def test_so_is_one_that_ends_by_its_number_of_steps(accumulated: int, steps: int, tmp_path: Path) -> None:
+    more = {"max_epochs": -1, "accumulate_grad_batches": accumulated}
+    with pytest.warns(UserWarning, match="last pruning step is due in epoch 1, and the run ends after 1"):
+        fit(pruning(schedule="one_shot"), folder=tmp_path, max_steps=steps, **more)
+    tip = pruning(schedule="one_shot")
+    fit(tip, folder=tmp_path, max_steps=steps + 1, **more)
+    assert tip.finished
 
 
 def test_without_a_sanity_check_it_prunes_before_the_first_step(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Private attributes still are what they are taken for: those of Lightning in `core/lightning_private*.py`, and
 those of torch in `core/schedulers.py`."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core.lightning_private import (
@@ -20,6 +23,7 @@ from lightning_tips.core.lightning_private import (
     starts_processes,
 )
 from lightning_tips.core.lightning_private_members import MemberRun, count_step, log_levels, run_members
+from lightning_tips.core.lightning_private_scores import OldScores
 
 from harness import STEPS_A_EPOCH, PlainData, PlainModule, build, fit
 
@@ -179,6 +183,38 @@ def test_schedulers_of_members_are_stepped_by_the_epoch_loop(tmp_path: Path) -> 
         trainer.fit_loop.epoch_loop.update_lr_schedulers.__func__
         is type(trainer.fit_loop.epoch_loop).update_lr_schedulers
     )
+
+
+def test_keepers_of_scores_have_the_methods_that_wait_for_a_measurement(tmp_path: Path) -> None:
+    keep, stop = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_train_steps=2), EarlyStopping("val_loss")
+    trainer, _ = build(keep, stop, folder=tmp_path)
+    trainer.state.fn = TrainerFn.FITTING
+    assert keep._defer_save_until_validation is False
+    assert not stop._should_skip_check(trainer)
+    trainer.callback_metrics["val_loss"] = torch.tensor(1.0)
+    scores = OldScores()
+    scores.begin(trainer)
+    assert keep._defer_save_until_validation
+    assert stop._should_skip_check(trainer)
+    assert torch.isnan(keep._monitor_candidates(trainer)["val_loss"])
+    keep._save_topk_checkpoint(trainer, keep._monitor_candidates(trainer))
+    assert not keep.best_model_path
+    trainer.callback_metrics["val_loss"] = torch.tensor(1.0)  # the same, measured anew
+    assert not stop._should_skip_check(trainer)
+    assert keep._monitor_candidates(trainer)["val_loss"] == 1
+    again = OldScores()  # of another tip, released first
+    again.begin(trainer)
+    scores.release()
+    assert stop._should_skip_check(trainer)
+    again.release()
+    for callback, methods in (
+        (keep, ("_save_topk_checkpoint", "_monitor_candidates")),
+        (stop, ("_should_skip_check",)),
+    ):
+        assert all(hasattr(callback, name) and name not in vars(callback) for name in methods)
+    assert list(inspect.signature(keep._save_topk_checkpoint).parameters) == ["trainer", "monitor_candidates"]
+    assert keep._last_global_step_saved == 0
+    assert keep._should_save_on_train_epoch_end(trainer) in (True, False)
 
 
 def test_levels_of_logging_are_those_of_the_hook() -> None:

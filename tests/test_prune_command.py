@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -18,6 +19,7 @@ from lightning_tips.pruning import count_cost, measure_latencies
 from lightning_tips.pruning.command import export as exports
 from lightning_tips.pruning.command.export import export_network
 from lightning_tips.pruning.command.prune import load_weights, prune_checkpoint
+from lightning_tips.pruning.fit import latency
 from lightning_tips.vision import DigitsDataModule, ImageClassifier
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -120,6 +122,21 @@ def test_a_smaller_checkpoint_with_exports_and_a_report(run, config: str, traine
     page = (folder / "report.md").read_text()
     assert "| MACs of one sample | " in page
     assert "time, batch 8" in printed + page
+
+
+def test_time_and_sensitivity_with_an_optimizer_from_the_yaml(
+    run, config: str, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # LightningCLI gives the module a function that makes the optimizer, which no deepcopy can copy.
+    def timed(models: list[nn.Module], inputs: tuple) -> list[SimpleNamespace]:  # whatever else the machine does
+        return [SimpleNamespace(median=float(count_cost(model, inputs).macs)) for model in models]
+
+    monkeypatch.setattr(latency, "measure_latencies", timed)
+    given = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.01", "--trainer.max_epochs=1"]
+    options = ["--target.latency=0.9", "--steps=1", "--sensitivity=1.0", "--export=[]", "--batch_sizes=[1]"]
+    code, printed = run("prune", config, f"--ckpt_path={trained}", *given, *options, "--repeats=1")
+    assert code == 0, printed
+    assert "filters taken out" in printed
 
 
 @pytest.mark.parametrize(

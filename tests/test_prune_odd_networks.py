@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tips.core import accept_other_shapes
-from lightning_tips.pruning import count_cost, plan_filters, prune_filters
+from lightning_tips.core import RemovedBlock, accept_other_shapes
+from lightning_tips.pruning import count_cost, measure_latency, plan_filters, prune_filters, reestimate_batch_norm
 from lightning_tips.pruning.networks import limits as limits_module
 from lightning_tips.pruning.tracing.trace import without_modes
 
@@ -97,6 +97,23 @@ def test_channels_of_a_pixel_go_together():
     assert kept["c.0.weight"][1] == (places[:, 0] // 4).tolist()
 
 
+def test_a_depthwise_convolution_may_go_down_to_one_channel():
+    def separable() -> nn.Sequential:
+        depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 1), depthwise, nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 2, 1)
+        )
+
+    model, whole = separable(), separable()
+    plan = prune_filters(model, IMAGES, filters=14, floor=0.0, scope="layer", protect=["3"]).plan
+    assert plan.channels == {"0": (8, 1), "1": (8, 1)}
+    plan = prune_filters(model, IMAGES, filters=4, floor=0.0).plan  # and further, where it has that one already
+    assert plan.channels == {"3": (16, 12)}
+    accept_other_shapes(model)
+    model.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(model(IMAGES), whole(IMAGES))
+
+
 def test_masks_that_pick_entries_are_not_taken_for_labels():
     class Picks(Between):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +148,37 @@ def test_a_weight_used_outside_of_its_layer_is_named_as_such():
 
     plan = plan_filters(Functional(), IMAGES, target={"macs": 0.9})
     assert plan.left_out["spare"] == "its weight is used outside of its forward"
+
+
+def test_no_float64_is_asked_of_a_device_that_may_not_have_it(monkeypatch):
+    moved: list[Tensor] = []
+    double, cpu = Tensor.double, Tensor.cpu
+
+    def to_cpu(tensor: Tensor) -> Tensor:
+        moved.append(cpu(tensor).clone())
+        return moved[-1]
+
+    def on_cpu_only(tensor: Tensor) -> Tensor:
+        assert any(tensor is other for other in moved)  # MPS would raise
+        return double(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", to_cpu)
+    monkeypatch.setattr(Tensor, "double", on_cpu_only)
+    assert prune_filters(Between(), IMAGES, target={"macs": 0.5}).ratios["macs"] <= 0.5
+    assert moved
+
+
+@pytest.mark.parametrize("criterion", ["l1", "random", "bn_scale", "mean_activation", "taylor"])
+def test_the_default_device_of_torch_may_be_another_one(criterion):
+    model, batches = Between(), [(IMAGES, torch.arange(2))]
+    expected = plan_filters(model, IMAGES, criterion=criterion, target={"macs": 0.5}, batches=batches)
+    with torch.device("meta"):  # as torch.set_default_device; it holds no values
+        plan = plan_filters(model, IMAGES, criterion=criterion, target={"macs": 0.5}, batches=batches)
+        assert reestimate_batch_norm(model, batches) == ["a.1", "b.1"]
+        assert measure_latency(model, IMAGES, repeats=1).median > 0
+        removed = RemovedBlock(model.a)
+    assert plan.kept == expected.kept
+    assert removed.restored()(IMAGES).shape == model.a(IMAGES).shape
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

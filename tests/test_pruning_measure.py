@@ -1,6 +1,7 @@
 """What a network costs, its BatchNorm statistics, its sensitivity, and learning from a teacher."""
 
 import copy
+import functools
 import json
 import math
 import time
@@ -8,6 +9,7 @@ import time
 import matplotlib.image
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
@@ -286,6 +288,23 @@ def test_taking_away_is_what_a_cut_does():
     reestimate_batch_norm(cut, IMAGES.split([7, 5]))
     torch.testing.assert_close(seen[1], cut(IMAGES))
     assert not torch.allclose(seen[0], seen[1])
+
+
+class WithGivenOptimizer(LightningModule):
+    """Holds what LightningCLI gives it for an optimizer: nothing that a deepcopy can copy."""
+
+    def __init__(self):
+        super().__init__()
+        numbers = (i for i in range(3))
+        self.network, self.optimizer = network(), functools.partial(lambda _, parameters: None, numbers)
+
+    def forward(self, x):
+        return self.network(x)
+
+
+def test_a_lightning_module_may_hold_what_cannot_be_copied():
+    table = sensitivity(WithGivenOptimizer(), IMAGES, lambda m: float(m(IMAGES).mean()), shares=(0.5,))
+    assert table.channels == {"network.0": 8, "network.4": 6}
 
 
 def test_a_table_is_plain_data_and_a_picture(tmp_path):

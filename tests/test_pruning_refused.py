@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips import TransferLearningCallback
+from lightning_tips import LayerPruningCallback, TransferLearningCallback
 
 from harness import PlainModule, assert_same, fit
 from prunable import pruning
@@ -74,10 +74,32 @@ class Functional(PlainModule):
         pass
 
 
+class Smooth(PlainModule):
+    """Without a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features[2] = nn.GELU()
+
+
+class ScriptedNetwork(PlainModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.jit.script(self.features)
+
+
+def mine(name: str, layer: nn.Module) -> Tensor:
+    raise RuntimeError("no idea")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 @pytest.mark.parametrize(
     ("changes", "module", "message"),
     [
         ({}, NoConvolution, "no convolution"),
+        ({}, ScriptedNetwork, "a scripted network cannot be pruned"),
+        ({"criterion": "apoz"}, Smooth, "apoz counts zeros after a ReLU, but gelu follows features.0"),
+        ({"criterion": mine}, PlainModule, "The criterion mine fails for features.0: RuntimeError: no idea$"),
         ({}, Functional, "did not find what the network is called with"),
         ({"module": "features.9"}, PlainModule, "no submodule 'features.9'"),
         ({"target": {"params": 100000}}, PlainModule, "met already"),
@@ -105,6 +127,9 @@ def test_what_cannot_work_is_said_before_the_first_step(
         {"target": {"flops": 0.5}},
         {"target": {"macs": 0}},
         {"target": {"latency": 2.0}},
+        {"target": {"macs": 1.5}},
+        {"target": {"params": 50}},  # per cent?
+        {"target": {"filters": 1.5}},
         {"filters_per_step": 0},
         {"filters_per_step": 1.5},
         {"schedule": "square"},
@@ -123,6 +148,14 @@ def test_what_cannot_work_is_said_before_the_first_step(
 def test_arguments_that_make_no_sense(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes)).split("_")[0]):
         pruning(**changes)
+
+
+def test_a_share_above_one_is_taken_for_a_mistake() -> None:
+    for tip in (pruning, LayerPruningCallback):
+        with pytest.raises(ValueError, match="For a share write one below 1"):
+            tip(target={"macs": 1.5})
+    assert pruning(target={"filters": 40}).target == {"filters": 40}
+    assert LayerPruningCallback(target={"params": 1000}).target == {"params": 1000}
 
 
 def test_an_optimizer_with_one_state_for_all_is_refused(tmp_path: Path) -> None:

@@ -163,6 +163,48 @@ def test_depthwise_convolutions_follow():
     torch.testing.assert_close(other(IMAGES), model(IMAGES))
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_depthwise_convolution_of_one_channel_can_grow_again(kind, tmp_path):
+    def separable():
+        return nn.Sequential(nn.Conv2d(3, 8, 1), kind(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+
+    whole, small = separable(), separable()
+    one = [3]
+    keep_indices(
+        small,
+        {
+            "0.weight": [one, None, None, None],
+            "0.bias": [one],
+            "1.weight": [one, None, None, None],
+            "1.bias": [one],
+            "2.weight": [None, one, None, None],
+        },
+    )
+    torch.save(small, tmp_path / "whole_module.pt")
+    fresh = separable()
+    resize_to(fresh, small.state_dict())
+    fresh.load_state_dict(small.state_dict())
+    pickled = torch.load(tmp_path / "whole_module.pt", weights_only=False)
+    for model in (small, copy.deepcopy(small), pickled, fresh):
+        assert model[1].groups == 1
+        assert model(IMAGES).shape == whole(IMAGES).shape
+        resize_to(model, whole.state_dict())
+        model.load_state_dict(whole.state_dict())
+        assert (model[1].groups, model[1].in_channels, model[1].out_channels) == (8, 8, 8)
+        torch.testing.assert_close(model(IMAGES), whole(IMAGES))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_block_whose_weights_a_hook_computes_can_be_removed_and_come_back():
+    model = nn.Sequential(nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 3))), nn.Linear(3, 2))
+    x = torch.randn(2, 3)
+    expected, state = model(x), copy.deepcopy(model.state_dict())  # the weight is part of a graph now
+    model[0] = RemovedBlock(model[0])
+    resize_to(model, state)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), expected)
+
+
 def test_removed_blocks_are_taken_out_and_put_back_by_a_state_dict():
     def blocks():
         return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 3))

@@ -15,6 +15,7 @@ from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
+from lightning_tips.core.lightning_private_scores import OldScores
 from lightning_tips.core.loader_tip import LoaderTip
 from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
 from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
@@ -47,6 +48,7 @@ __all__ = [
     "LoaderTip",
     "LogitWatcher",
     "Monitor",
+    "OldScores",
     "OrderedSampler",
     "Outputs",
     "RemovedBlock",

@@ -1,7 +1,7 @@
 """Every use of a private attribute of Lightning, one of torch's loaders, and nothing else.
 
-Those that the members of an ensemble take are in `lightning_private_members.py`. `tests/test_lightning_private*.py`
-fails when Lightning changes one of them.
+Those that the members of an ensemble take are in `lightning_private_members.py`, those of who keeps scores in
+`lightning_private_scores.py`. `tests/test_lightning_private*.py` fails when Lightning changes one of them.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_tips.core.layer_numbers import follow_shapes
+from lightning_tips.core.spectral_norms import settle_spectral_norms
 
 Kept = Mapping[str, Sequence["Sequence[int] | None"]]
 """What stays of each tensor, by its name in the ``state_dict``: for each dimension the indices, in ascending order, or
@@ -63,7 +64,9 @@ class RemovedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, activation: str = "") -> None:
         super().__init__()
-        former = copy.deepcopy(block)
+        # Weights that a hook computes (the old weight_norm) are no leaves, which deepcopy refuses.
+        computed = [v for m in block.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn]
+        former = copy.deepcopy(block, {id(value): value.detach().clone() for value in computed})
         self._passing = {  # not in any state_dict, so that nothing else could bring them back
             name: buffer
             for module_name, module in former.named_modules()
@@ -71,7 +74,7 @@ class RemovedBlock(nn.Module):
             if name.rpartition(".")[2] in module._non_persistent_buffers_set
         }
         self._former = (former.to("meta"),)  # in a tuple, so that it is no submodule
-        self.register_buffer("removed", torch.empty(0, dtype=torch.uint8))
+        self.register_buffer("removed", torch.empty(0, dtype=torch.uint8, device=_device(block)))
         self._activate(activation)
         self.train(block.training)
 
@@ -153,6 +156,7 @@ def keep_indices(module: nn.Module, kept: Kept, optimizers: Iterable[Optimizer] 
                 _exchange(tensor, _take(tensor.data, indices))
                 if gradient is not None:
                     tensor.grad = _take(gradient, indices)
+        settle_spectral_norms(module, done)
     follow_shapes(module)
 
 
@@ -201,41 +205,6 @@ def accept_other_shapes(module: nn.Module) -> RemovableHandle:
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by their names, tied ones under each of their names."""
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-
-
-def follow_shapes(module: nn.Module) -> None:
-    """Sets the numbers that torch's layers keep beside their tensors (``out_channels``, ...) to what these have."""
-    for layer in module.modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, _ConvNd) and isinstance(weight, Tensor):
-            _follow_convolution(layer, weight)
-        elif isinstance(layer, nn.Linear) and isinstance(weight, Tensor):
-            layer.out_features, layer.in_features = weight.shape
-        elif isinstance(layer, _NormBase):
-            held = weight if isinstance(weight, Tensor) else layer.running_mean
-            layer.num_features = layer.num_features if held is None else len(held)
-        elif isinstance(layer, nn.GroupNorm) and isinstance(weight, Tensor):
-            layer.num_channels = len(weight)
-        elif isinstance(layer, nn.LayerNorm) and isinstance(weight, Tensor):
-            layer.normalized_shape = tuple(weight.shape)
-        elif isinstance(layer, nn.Embedding) and isinstance(weight, Tensor):
-            layer.num_embeddings, layer.embedding_dim = weight.shape
-        elif isinstance(layer, nn.PReLU) and isinstance(weight, Tensor):
-            layer.num_parameters = weight.numel()
-
-
-def _follow_convolution(layer: _ConvNd, weight: Tensor) -> None:
-    transposed = isinstance(layer, _ConvTransposeNd)
-    depthwise = layer.groups > 1 and layer.groups == layer.in_channels
-    if (
-        depthwise
-    ):  # one group a channel: the weight is (groups * multiplier, 1, ...), transposed (groups, multiplier, ...)
-        multiplier = layer.out_channels // layer.groups
-        layer.groups = len(weight) if transposed else len(weight) // multiplier
-    if transposed:
-        layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
-    else:
-        layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
 
 
 def _as_indices(name: str, tensors: Mapping[str, Tensor], dims: Sequence[Sequence[int] | None]) -> list[Tensor | None]:

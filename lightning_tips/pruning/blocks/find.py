@@ -252,7 +252,7 @@ def _residual(twin: nn.Module, calls: Mapping[str, _Call]) -> dict[str, str]:
         (x, *args), kwargs = entry.inputs
         block = twin.get_submodule(name)
         # Of both signs, and large enough for every activation to show.
-        probe = 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        probe = 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         passed = _passed(block, probe, args, kwargs, entry.by_keyword)
         if passed is None:
             continue

@@ -15,7 +15,7 @@ from lightning_tips.pruning.blocks.find import Block, find_blocks, put_in_place,
 from lightning_tips.pruning.blocks.optimizers import keep_parameters
 from lightning_tips.pruning.blocks.rank import check_criterion, has_batch_norm, rank_blocks
 from lightning_tips.pruning.networks.copies import copy_network, nothing_remembered, prepare_inputs
-from lightning_tips.pruning.networks.measure import Cost, count_cost
+from lightning_tips.pruning.networks.measure import Cost, check_goal, count_cost
 from lightning_tips.pruning.networks.recalibrate import reestimate_batch_norm
 from lightning_tips.pruning.networks.runs import Forward, call, default_forward
 
@@ -286,8 +286,7 @@ def check_target(target: Mapping[str, float]) -> None:
     for name, value in target.items():
         if name not in TARGETS:
             raise ValueError(f"target has no {name!r}. {did_you_mean(str(name), TARGETS)}")
-        if not value > 0 or value == 1:
-            raise ValueError(f"target[{name!r}]={value!r} must be a share in (0, 1) or, above 1, a number.")
+        check_goal(name, value)
 
 
 def _given(names: Sequence[str], found: Sequence[Block]) -> dict[str, str]:

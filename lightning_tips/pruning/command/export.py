@@ -171,7 +171,7 @@ def _loaded(path: Path, kind: str) -> Callable[[Inputs], list[Tensor]] | None:
 
     def run(inputs: Inputs) -> list[Tensor]:
         arrays = [tensor.numpy() for tensor in _tensors(inputs)]
-        return [torch.as_tensor(out) for out in session.run(None, dict(zip(names, arrays, strict=True)))]
+        return [torch.as_tensor(out, device="cpu") for out in session.run(None, dict(zip(names, arrays, strict=True)))]
 
     return run
 

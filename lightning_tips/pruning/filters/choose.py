@@ -125,7 +125,7 @@ def choose(
 def _rank(graph: ChannelGraph, group: Group, scores: Mapping[str, Tensor], wish: Wish) -> _Ranked:
     """The units from the lowest score up, without those that have to stay, in chunks."""
     number = len(group.units)
-    means = [scores[layer].detach().double().cpu().numpy()[at].mean(1) for layer, at in group.layers.items()]
+    means = [scores[layer].detach().cpu().double().numpy()[at].mean(1) for layer, at in group.layers.items()]
     score = np.mean(means, axis=0)
     ranked = _Ranked(group, score)
     most = number - 1

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core.resize import follow_shapes, keep_indices, named_tensors
+from lightning_tips.core.layer_numbers import follow_shapes
+from lightning_tips.core.resize import keep_indices, named_tensors
 from lightning_tips.pruning.filters.plan import PruningPlan
 from lightning_tips.pruning.networks.limits import LimitReached, check_limits
 from lightning_tips.pruning.networks.runs import Forward
@@ -193,6 +194,7 @@ def _compare_values(one: Tensor, other: Tensor) -> None:
         return
     half = other.dtype in (torch.float16, torch.bfloat16)
     spread = float(other.max() - other.min())
+    one, other = one.cpu(), other.cpu()  # MPS has no float64
     largest = float((one.double() - other.double()).abs().max())
     if not largest <= (0.2 if half else 0.02) * spread + (1e-2 if half else 1e-4) * float(other.abs().max()) + 1e-30:
         raise TrialFailed(

@@ -220,10 +220,7 @@ class PruningCallback(TaughtTip):
             by_schedule = self._at_a_time() is None
             checks.warn_if_never(trainer, self.schedule if by_schedule else None, self._next_epoch)
             if not self._holders(pl_module):
-                raise MisconfigurationException(
-                    f"{type(self).__name__}: {type(pl_module).__name__} has no convolution, so there is nothing to"
-                    " prune."
-                )
+                raise MisconfigurationException(f"{type(self).__name__}: {checks.why_nothing(pl_module)}")
             self._take_given_example(trainer)
             if self._example is not None:
                 self._try_out(trainer, pl_module)
@@ -347,6 +344,7 @@ class PruningCallback(TaughtTip):
         self._finished = bool(proposal["done"])
         if self._finished:
             self._sample.clear()
+        self._scores.begin(trainer)
         if self.reset_best and watched_by(trainer):
             reset_best(trainer)
         self.record(trainer, proposal["what"], **proposal["details"])

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+import torch
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -21,6 +27,7 @@ from lightning_tips.core import TipCallback, callbacks_of, did_you_mean, require
 from lightning_tips.core.lightning_private import starts_processes
 from lightning_tips.pruning.filters.prune import plan_filters
 from lightning_tips.pruning.fit.schedule import Schedule
+from lightning_tips.pruning.networks.measure import check_goal
 
 GIVEN = {
     *("model", "example_inputs", "criterion", "target", "filters", "scope", "round_to", "batches", "forward", "loss"),
@@ -50,10 +57,9 @@ def check_target(target: Mapping[str, float]) -> dict[str, float]:
     for name, value in target.items():
         if name not in TARGETS:
             raise ValueError(f"target has no {name!r}. {did_you_mean(str(name), TARGETS)}")
-        if not (math.isfinite(value) and value > 0) or value == 1:
-            raise ValueError(f"target[{name!r}]={value!r} must be a share in (0, 1) or, above 1, a number.")
         if name == "latency" and value >= 1:
             raise ValueError(f"target['latency']={value!r} must be a share in (0, 1) of the unpruned network's.")
+        check_goal(name, value)
     return {name: float(value) for name, value in target.items()}
 
 
@@ -110,6 +116,13 @@ def conflict(other: object) -> str | None:
     if isinstance(other, TipCallback) and (reason := other.keeps_shapes()):
         return f"{reason}, and these change. Run one after the other: the second one goes on from load_pruned."
     return None
+
+
+def why_nothing(module: nn.Module) -> str:
+    """Why there is nothing to prune in a module in which no convolution was found."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return "a scripted network cannot be pruned; use the nn.Module that it was made from."
+    return f"{type(module).__name__} has no convolution, so there is nothing to prune."
 
 
 def check_run(trainer: pl.Trainer, tip: object) -> None:
@@ -173,8 +186,8 @@ def check_optimizers(trainer: pl.Trainer, tip: object) -> None:
 
 def warn_if_never(trainer: pl.Trainer, schedule: Schedule | None, next_epoch: int) -> None:
     """Warns when the run ends before the last step, and its fine-tuning; without a schedule, before the first."""
-    epochs = trainer.max_epochs
-    if epochs is None or epochs < 0 or getattr(trainer, "fast_dev_run", False):
+    epochs = _epochs(trainer)
+    if epochs is None or getattr(trainer, "fast_dev_run", False):
         return
     if schedule is None:
         if next_epoch >= epochs:
@@ -187,3 +200,20 @@ def warn_if_never(trainer: pl.Trainer, schedule: Schedule | None, next_epoch: in
             f"The target is not reached: the last pruning step is due in epoch {schedule.last_epoch}, and the run ends"
             f" after {epochs}. Take fewer steps, a smaller every_n_epochs, or train for longer."
         )
+
+
+def _epochs(trainer: pl.Trainer) -> int | None:
+    """After how many epochs the run ends at the latest, by ``max_epochs`` or by ``max_steps``; ``None`` if unknown.
+
+    Its loaders are there, but nothing has been trained. How long ``max_time`` lasts is not known.
+    """
+    known = [] if trainer.max_epochs is None or trainer.max_epochs < 0 else [trainer.max_epochs]
+    batches = trainer.num_training_batches
+    schedulers = [c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    same = trainer.lightning_module.automatic_optimization and not any(
+        scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers
+    )  # the number of steps in each epoch
+    if trainer.max_steps >= 0 and same and 0 < batches < math.inf:
+        each = math.ceil(batches / trainer.accumulate_grad_batches)
+        known.append(trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / each))
+    return min(known, default=None)

@@ -27,8 +27,9 @@ class FilterPruningCallback(FilterSteps):
 
     Args:
         criterion: What makes a filter important: ``"l1"``, ``"l2"``, ``"geometric_median"``, ``"bn_scale"``,
-            ``"random"``; from validation batches ``"mean_activation"`` and ``"apoz"``; from the gradients of training
-            ``"taylor"`` (Molchanov et al. 2019). Or a function of (name, layer) that returns (out_channels,).
+            ``"random"``; from validation batches ``"mean_activation"`` and ``"apoz"`` (from the kept training inputs
+            where no validation has run); from the gradients of training ``"taylor"`` (Molchanov et al. 2019). Or a
+            function of (name, layer) that returns (out_channels,).
         target: What is to be left in the end: ``"macs"``, ``"params"``, ``"filters"``, ``"latency"``, as a share of
             the unpruned network; above 1, a number (of operations: for one sample). Latency is measured, on the
             device. Of several, all must be met.

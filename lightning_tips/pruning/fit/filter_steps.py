@@ -63,7 +63,7 @@ class FilterSteps(PruningCallback):
     ) -> None:
         """Adds up what ``"taylor"`` needs."""
         if self._taylor is not None and not self._finished and self._network is not None:
-            self._taylor.add(self._target(pl_module)[0])
+            self._taylor.add(self._target(pl_module)[0], optimizer)
 
     # ---- what is taken out
 
@@ -84,10 +84,13 @@ class FilterSteps(PruningCallback):
         readers = read_elsewhere(network, example)
         self._elsewhere = list(readers)
         counted = {name: share for name, share in shares.items() if name != "latency"}
-        # Data is not there yet; what can be pruned at all does not depend on the criterion.
-        criterion = "l1" if self.criterion in ("mean_activation", "apoz", "taylor") else self.criterion
+        changes: dict[str, Any] = {}
+        if self._taylor is not None:  # gradients are not there yet; what can be pruned does not depend on them
+            changes["criterion"] = "l1"
+        elif self._looks_at_activations:  # nor are batches, but the example says what the criterion cannot rank
+            changes |= {"batches": [example], "score_forward": call_network}
         try:
-            self._plan(network, example, criterion=criterion, target=counted or {"macs": 0.9})
+            self._plan(network, example, **changes, target=counted or {"macs": 0.9})
         except ValueError as error:
             raise ValueError("\n".join([str(error), *_about(readers, self._network or "")])) from error
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_tips.core import Monitor, wrap_again
+from lightning_tips.core import Monitor, OldScores, wrap_again
 from lightning_tips.pruning.fit.finding import NetworkFinder
 from lightning_tips.pruning.fit.guard import DropGuard, put_back
 from lightning_tips.pruning.fit.surroundings import put_best_back, write_last_again
@@ -55,6 +55,7 @@ class GuardedTip(NetworkFinder):
         self.reset_best = reset_best
         self._guard = DropGuard(max_drop, mode, reference) if max_drop is not None else None
         self._metric = Monitor(monitor, type(self).__name__)
+        self._scores = OldScores()
 
     # ---- what a subclass says
 
@@ -74,6 +75,7 @@ class GuardedTip(NetworkFinder):
         self._scale = 1.0  # of a step
         self._good: dict[str, Any] | None = None  # the network before the last step
         self._metric.reset()
+        self._scores.forget()
         if self._guard is not None:
             self._guard.reset()
 
@@ -84,6 +86,7 @@ class GuardedTip(NetworkFinder):
             "good": self._good,
             "metric": self._metric.state_dict(),
             "guard": self._guard.state_dict() if self._guard is not None else None,
+            "old_scores": self._scores.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -92,10 +95,21 @@ class GuardedTip(NetworkFinder):
         self._scale = float(state["scale"])
         self._good = state["good"]
         self._metric.load_state_dict(state["metric"])
+        self._scores.load_state_dict(state["old_scores"])
         if self._guard is not None and state["guard"] is not None:
             self._guard.load_state_dict(state["guard"])
 
     # ---- the metric
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In a resumed run scores may still have to be measured on the network as it is."""
+        super().on_train_start(trainer, pl_module)
+        self._scores.attach(trainer)
+
+    def release(self) -> None:
+        """Leaves those who keep scores as they were found."""
+        super().release()
+        self._scores.release()
 
     def take_reference(self, metrics: Mapping[str, float]) -> None:
         """Before a fit: gives the guard the unpruned network's metric, if it has none and ``metrics`` holds it."""
@@ -143,6 +157,7 @@ class GuardedTip(NetworkFinder):
         wrap_again(trainer.strategy, pl_module)
         self._take_up(good)
         self._good = None
+        self._scores.begin(trainer)
         if self.reset_best:
             put_best_back(trainer, good["best"])
         details: dict[str, Any] = {self.monitor: float("nan") if value is None else value}

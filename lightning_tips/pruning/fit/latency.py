@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from lightning_tips.core import keep_indices
 from lightning_tips.pruning.filters.plan import PruningPlan
 from lightning_tips.pruning.fit.capture import Inputs, batch_size, mapped
+from lightning_tips.pruning.networks.copies import copy_network
 from lightning_tips.pruning.networks.measure import measure_latencies, measure_latency
 
 TRIALS = 7
@@ -24,7 +24,7 @@ def time_of(network: nn.Module, inputs: Inputs) -> float:
 
 def time_share(network: nn.Module, plan: PruningPlan, inputs: Inputs) -> float:
     """The time of the network after a plan, as a share of its time before it; both are measured in turns."""
-    pruned = copy.deepcopy(network)
+    pruned = copy_network(network)
     keep_indices(pruned, plan.kept)
     new, old = measure_latencies([pruned, network], inputs)
     return new.median / old.median

@@ -90,14 +90,14 @@ def reset_best(trainer: pl.Trainer) -> None:
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            worst = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"))
+            worst = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"), device="cpu")
             callback.best_k_models = {}
             callback.best_model_path = callback.kth_best_model_path = ""
             callback.best_model_score = callback.current_score = None
             callback.kth_value = worst
         elif isinstance(callback, EarlyStopping):
             callback.wait_count = 0
-            callback.best_score = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"))
+            callback.best_score = torch.tensor(float("inf") if callback.mode == "min" else -float("inf"), device="cpu")
     for scheduler in plateau_schedulers(trainer):
         scheduler.best = math.inf if scheduler.mode == "min" else -math.inf
         scheduler.num_bad_epochs = 0

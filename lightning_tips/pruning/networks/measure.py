@@ -6,6 +6,7 @@ Pure functions on torch objects; the network stays as it is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import statistics
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_tips.pruning.networks.copies import plain_attention
 from lightning_tips.pruning.networks.runs import call, device_of, moved, untouched
+
+FEWEST = 100
+"""A target between 1 and this is a mistake: no network has so few operations or parameters."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,18 @@ def flop_counter() -> FlopCounterMode:
 
 def _fused_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
+
+
+def check_goal(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a share in (0, 1) of a cost or, above 1, a number that can be meant."""
+    if not (math.isfinite(value) and value > 0) or value == 1:
+        raise ValueError(f"target[{name!r}]={value!r} must be a share in (0, 1) or, above 1, a number.")
+    counted = name == "filters" and value == int(value)  # of these there may be few
+    if 1 < value < FEWEST and not counted:
+        raise ValueError(
+            f"target[{name!r}]={value!r} would be the number of {name} that is left. For a share write one below 1,"
+            " such as 0.5 for a half."
+        )
 
 
 def count_cost(model: nn.Module, example_inputs: Any) -> Cost:
@@ -181,7 +198,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _quartiles(times: Sequence[float]) -> tuple[float, float]:
-    low, high = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    low, high = np.quantile(np.asarray(times), [0.25, 0.75])
     return float(low), float(high)
 
 

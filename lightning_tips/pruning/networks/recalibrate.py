@@ -119,10 +119,10 @@ def _reduced(sums: dict[str, _Sums], number: int, reduce: Reduce | None, device:
     """All sums in one tensor, and the number of batches at its end, so that all ranks reduce exactly once."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     parts = [
-        torch.zeros(3 * entry.norm.num_features) if entry.total is None else entry.total.flatten()
+        torch.zeros(3 * entry.norm.num_features, device=device) if entry.total is None else entry.total.flatten()
         for entry in sums.values()
     ]
-    together = torch.cat([part.to(device, dtype) for part in (*parts, torch.tensor([float(number)]))])
+    together = torch.cat([part.to(device, dtype) for part in (*parts, torch.tensor([float(number)], device=device))])
     return together if reduce is None else reduce(together)
 
 

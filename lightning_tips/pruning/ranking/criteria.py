@@ -79,8 +79,8 @@ def channel_scores(
         For each layer float32 ``(out_channels,)`` on the layer's device, all finite.
 
     Raises:
-        ValueError: Unknown criterion or layer, no data where it is needed, a layer without the BatchNorm or ReLU that
-            the criterion asks for, a layer that did not run, or scores that are not finite.
+        ValueError: Unknown criterion or layer, a function that raises, no data where it is needed, a layer without the
+            BatchNorm or ReLU that the criterion asks for, a layer that did not run, or scores that are not finite.
         TypeError: A layer that is no convolution and no linear layer; a loss that cannot be told.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -90,9 +90,7 @@ def channel_scores(
         norms = {layer: None if norm is None else model.get_submodule(norm) for layer, norm in names.items()}
         return _checked(importance_scores(criterion, chosen, norms, seed), chosen, type(criterion).__name__)
     if callable(criterion):
-        with torch.no_grad():
-            scores = {name: criterion(name, layer) for name, layer in chosen.items()}
-        return _checked(scores, chosen, getattr(criterion, "__name__", "the criterion"))
+        return _checked(_own_scores(criterion, chosen), chosen, getattr(criterion, "__name__", "the criterion"))
     if criterion not in _BY_WEIGHTS and criterion not in ("random", "bn_scale", *NEEDS_BATCHES):
         known = (*_BY_WEIGHTS, "random", "bn_scale", *sorted(NEEDS_BATCHES))
         raise ValueError(f"Unknown criterion {criterion!r}. {did_you_mean(str(criterion), known)}")
@@ -126,15 +124,27 @@ def _layer(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
     return layer
 
 
+def _own_scores(criterion: Callable[[str, nn.Module], Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    scores = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            try:
+                scores[name] = criterion(name, layer)
+            except Exception as error:  # else it would be taken for one of the network
+                own = getattr(criterion, "__name__", type(criterion).__name__)
+                raise ValueError(f"The criterion {own} fails for {name}: {type(error).__name__}: {error}") from error
+    return scores
+
+
 def _checked(scores: Mapping[str, Tensor], layers: Mapping[str, nn.Module], criterion: str) -> dict[str, Tensor]:
     result = {}
     for name, layer in layers.items():
-        score = torch.as_tensor(scores[name]).detach()
+        score = torch.as_tensor(scores[name], device=weight_of(layer).device).detach()
         if score.shape != (channels_of(layer),):
             raise ValueError(
                 f"{criterion} gave {name} scores of shape {tuple(score.shape)}, not ({channels_of(layer)},)."
             )
-        score = score.to(weight_of(layer).device, torch.float32)
+        score = score.to(torch.float32)
         wrong = int((~torch.isfinite(score)).sum())
         if wrong:
             raise ValueError(
@@ -160,7 +170,7 @@ _BY_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 def _random(name: str, layer: nn.Module, seed: int) -> Tensor:
     # The CPU's generator looks at the low 32 bits of a seed only, so both go into these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.rand(channels_of(layer), generator=generator)
+    return torch.rand(channels_of(layer), generator=generator, device="cpu")
 
 
 def _bn_scales(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
 
 from lightning_tips.pruning.networks.copies import COMPILED
 from lightning_tips.pruning.networks.layers import by_channel, channels_of, weight_of
@@ -96,7 +97,7 @@ def _means(
     dtype = torch.float32 if device.type == "mps" else torch.float64
     parts = []
     for name, layer in layers.items():
-        empty = torch.zeros(channels_of(layer))
+        empty = torch.zeros(channels_of(layer), device=device)
         parts.append(torch.cat([sums.get(name, empty).to(device, dtype), _scalar(counts.get(name, 0), device, dtype)]))
     if not parts:
         return {}
@@ -130,15 +131,26 @@ class GradientScores:
     def clear(self) -> None:
         """Begins anew."""
         self._sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self._steps: dict[str, int] = {}  # by layer, as each of several optimizers steps when it likes
+
+    @property
+    def steps(self) -> int:
+        """How many there were for the layer that has seen most."""
+        return max(self._steps.values(), default=0)
 
     @torch.no_grad()
-    def add(self, network: nn.Module) -> None:
-        """Adds the gradients that the parameters have now."""
-        found = False
+    def add(self, network: nn.Module, optimizer: Optimizer) -> None:
+        """Adds the gradients of what the optimizer is about to step; those of others may be old."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in network.named_modules():
             weight = getattr(layer, "weight", None)
-            if not isinstance(layer, _ConvNd | nn.Linear) or weight is None or weight.grad is None:
+            if (
+                not isinstance(layer, _ConvNd | nn.Linear)
+                or not isinstance(weight, Tensor)
+                or id(weight) not in stepped
+            ):
+                continue
+            if weight.grad is None:
                 continue
             score = by_channel(layer, weight.grad.float() * weight.float()).sum(1).square()
             name = name.replace(f"{COMPILED}.", "")
@@ -147,8 +159,7 @@ class GradientScores:
                 total = torch.zeros_like(score)
             total = total.to(score.device)  # a checkpoint brings them on the CPU
             self._sums[name] = torch.where(score.isfinite(), total + score, total)
-            found = True
-        self.steps += found
+            self._steps[name] = self._steps.get(name, 0) + 1
 
     def criterion(self, network: nn.Module) -> Callable[[str, nn.Module], Tensor]:
         """The means so far, as ``plan_filters`` takes a criterion; 0 for a layer that got no gradient."""
@@ -157,14 +168,14 @@ class GradientScores:
             device = next(layer.parameters()).device
             if name not in self._sums:
                 return torch.zeros(channels_of(layer), device=device)
-            return self._sums[name].to(device) / self.steps
+            return self._sums[name].to(device) / self._steps[name]
 
         return taylor
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"sums": {name: total.cpu() for name, total in self._sums.items()}, "steps": self.steps}
+        return {"sums": {name: total.cpu() for name, total in self._sums.items()}, "steps": dict(self._steps)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._sums, self.steps = dict(state["sums"]), int(state["steps"])
+        self._sums, self._steps = dict(state["sums"]), dict(state["steps"])

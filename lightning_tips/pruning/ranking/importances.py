@@ -68,7 +68,7 @@ def importance_scores(
                     f"{kind} has no score for {name}{'' if norms.get(name) else ', which no BatchNorm follows'}; take"
                     " another criterion, or protect the layer."
                 )
-            scores[name] = torch.as_tensor(score)
+            scores[name] = score
     return scores
 
 

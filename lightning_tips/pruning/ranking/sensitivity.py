@@ -5,7 +5,6 @@ Pure functions on torch objects.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_tips.pruning.networks.copies import copy_network
 from lightning_tips.pruning.networks.layers import channel_dim_of, channels_of
 from lightning_tips.pruning.networks.recalibrate import reestimate_batch_norm
 from lightning_tips.pruning.networks.runs import Forward, Loss, untouched
@@ -149,7 +149,7 @@ def sensitivity(
         raise ValueError(f"mode must be 'max' or 'min', not {mode!r}.")
     if batches is not None and iter(batches) is batches:
         batches = list(batches)
-    copied = copy.deepcopy(model)
+    copied = copy_network(model)
     if layers is None:
         modules = copied.named_modules()
         layers = [name for name, module in modules if isinstance(module, _ConvNd) and module.out_channels > 1]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_tips.core.layer_numbers import is_depthwise
 from lightning_tips.core.resize import named_tensors
 from lightning_tips.pruning.networks.copies import plain_attention, repeated
 from lightning_tips.pruning.networks.limits import LimitReached
@@ -244,7 +245,7 @@ def _rows(model: nn.Module, trace: ChannelTrace) -> tuple[dict[str, str], dict[s
         if not held:
             continue
         weight = trace.names[id(max(held, key=lambda tensor: tensor.numel()))]  # not the scales beside it
-        transposed = isinstance(layer, _ConvTransposeNd) and layer.groups == 1
+        transposed = isinstance(layer, _ConvTransposeNd) and layer.groups == 1 and not is_depthwise(layer)
         key = (weight, 1 if transposed else 0)
         weights[name] = weight
         rows[name] = key

@@ -16,7 +16,7 @@ MAX_ENTRIES = 2**26
 
 def none(shape: torch.Size) -> Tensor:
     """Labels of a tensor that has no channels."""
-    return torch.zeros((1,) * len(shape), dtype=torch.int64).expand(shape)
+    return torch.zeros((1,) * len(shape), dtype=torch.int64, device="cpu").expand(shape)
 
 
 def thin(labels: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from lightning_tips.core.layer_numbers import is_depthwise
+from lightning_tips.core.spectral_norms import spectral_norms
 from lightning_tips.pruning.tracing import labels as lb
 
 if TYPE_CHECKING:
@@ -104,13 +106,13 @@ def _refuse(trace: ChannelTrace, layer: nn.Module, name: str, labels: Tensor, ou
 def _convolution(trace: ChannelTrace, layer: _ConvNd, name: str, labels: Tensor, output: Tensor) -> Tensor:
     dim = -1 - len(layer.kernel_size)
     transposed, links = isinstance(layer, _ConvTransposeNd), trace.links
-    if layer.groups == 1:
+    depthwise = is_depthwise(layer)
+    if layer.groups == 1 and not depthwise:
         return _weighted(trace, layer, name, labels, output, dim, transposed)
     channels = _along(trace, labels, dim)
     if channels is None:
         return _refuse(trace, layer, name, labels, output, f"comes into {name} as more than channels")
     groups = layer.groups
-    depthwise = groups == layer.in_channels
     if transposed and not depthwise:
         return _refuse(trace, layer, name, labels, output, f"{name} is a transposed convolution in groups")
     if transposed:  # depthwise: the weight is (channels, outputs of a channel, ...)
@@ -122,7 +124,7 @@ def _convolution(trace: ChannelTrace, layer: _ConvNd, name: str, labels: Tensor,
     if found is None:
         return _refuse(trace, layer, name, labels, output, f"{name} has tensors of unknown meaning")
     rows, columns = found
-    if type(layer).forward not in _PLAIN or parametrize.is_parametrized(layer):
+    if _is_computed(layer):
         links.mark("inexact", channels)
         links.mark("inexact", rows)
     if depthwise:
@@ -157,10 +159,16 @@ def _weighted(
     rows, columns = found
     assert columns is not None
     trace.links.join(channels, columns, name)
-    if type(layer).forward not in _PLAIN or parametrize.is_parametrized(layer):
-        trace.links.mark("inexact", channels)  # such as weights that are standardised over what comes in
+    if _is_computed(layer):
+        trace.links.mark("inexact", channels)
         trace.links.mark("inexact", rows)
     return lb.spread(rows, dim, output.shape)
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether a weight may depend on others that go, such as one that is standardised over what comes in."""
+    computed = parametrize.is_parametrized(layer) or any(True for _ in spectral_norms(layer))
+    return computed or type(layer).forward not in _PLAIN
 
 
 def _rows_and_columns(
@@ -170,11 +178,22 @@ def _rows_and_columns(
     shape = _shape(layer)
     rows: list[Tensor] = []
     columns: list[Tensor] = []
+    left = {id(norm.u): norm for norm in spectral_norms(layer)}
+    right = {id(norm.v): norm for norm in spectral_norms(layer)}
+    if any(norm.dim != dims[0] for norm in left.values()):
+        return None
     for own, tensor in own_tensors(layer):
         key = trace.names.get(id(tensor))
         if key is None or tensor.numel() <= 1:
             continue
-        if tensor.shape == shape:
+        if id(tensor) in left:
+            rows.append(trace.links.vector((key, 0), len(tensor)))
+        elif id(tensor) in right:
+            if dims[1] is not None:  # for each input all its places in the kernel
+                places = trace.links.vector((key, 0), len(tensor)).reshape(shape[dims[1]], -1)
+                trace.links.join(places, places[:, :1], name)
+                columns.append(places[:, 0])
+        elif tensor.shape == shape:
             rows.append(trace.links.vector((key, dims[0]), shape[dims[0]]))
             if dims[1] is not None:
                 columns.append(trace.links.vector((key, dims[1]), shape[dims[1]]))

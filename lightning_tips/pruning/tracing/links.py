@@ -2,6 +2,7 @@
 
 Every index along a dimension of a parameter gets an id. Entries whose ids are linked can only be removed together;
 entries that are linked to something of fixed size cannot be removed at all. Id 0 stands for "no channel".
+Ids are on the CPU, whatever torch's default device is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Links:
         self.vectors: dict[Key, Tensor] = {}
         self.at_least: dict[Key, int] = {}
         self._entries: list[tuple[int, int]] = []
-        self._settled: tuple[int, Tensor] = (-1, torch.zeros(0))
+        self._settled: tuple[int, Tensor] = (-1, torch.zeros(0, device="cpu"))
         self._pairs: list[Tensor] = []
         self._fixed: list[tuple[Tensor, str]] = []
         self._marked: dict[str, list[Tensor]] = {"residual": [], "inexact": []}
@@ -32,7 +33,7 @@ class Links:
     def new(self, *shape: int) -> Tensor:
         """Ids that nothing else has."""
         number = int(np.prod(shape))
-        ids = torch.arange(self.count, self.count + number).reshape(shape)
+        ids = torch.arange(self.count, self.count + number, device="cpu").reshape(shape)
         self.count += number
         return ids
 
@@ -66,9 +67,9 @@ class Links:
     def settled(self, labels: Tensor) -> Tensor:
         """The labels with one id for all that are linked by now."""
         if self._settled[0] != len(self._pairs) or len(self._settled[1]) < self.count:
-            component = torch.as_tensor(self._connected(), dtype=torch.int64)
-            first = torch.full((int(component.max()) + 1,), self.count, dtype=torch.int64)
-            first.scatter_reduce_(0, component, torch.arange(self.count), "amin")
+            component = torch.from_numpy(self._connected()).to(torch.int64)
+            first = torch.full((int(component.max()) + 1,), self.count, dtype=torch.int64, device="cpu")
+            first.scatter_reduce_(0, component, torch.arange(self.count, device="cpu"), "amin")
             self._settled = (len(self._pairs), first[component])
         return self._settled[1][labels]
 
