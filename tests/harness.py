@@ -124,6 +124,18 @@ class ByHandModule(PlainModule):
         return torch.optim.SGD(first, lr=0.05, momentum=0.9), torch.optim.Adam(rest, lr=1e-3)
 
 
+class CommunicatingModule(PlainModule):
+    """Centers its features by what all ranks see, as codebooks and routed experts do."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.features(images).mean((2, 3))
+        mean = features.detach().mean(0)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean = mean / torch.distributed.get_world_size()
+        return self.head(features - mean)
+
+
 class ShardedModule(PlainModule):
     """Shards its parameters over the ranks (FSDP2), as Lightning's ModelParallelStrategy asks for."""
 

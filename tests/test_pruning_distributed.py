@@ -30,6 +30,12 @@ def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:
         {"name": "first", "tips": [[name, {"start_epoch": 0}]], "arguments": {"max_epochs": 2}},
         {"name": "back", "tips": [[name, falls]], "arguments": {"max_epochs": 4}},
         {"name": "fails", "tips": [[name, {"target": {"macs": 0.0001}}]], "raises": True},
+        {
+            "name": "communicates",
+            "tips": [[name, {}]],
+            "arguments": {"module": "CommunicatingModule"},
+            "raises": True,
+        },
         {"name": "blocks", "tips": [[blocks, often | {"distill": 0.5}]], "arguments": {"strategy": static}},
         {
             "name": "blocks by metric",
@@ -63,3 +69,4 @@ def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:
     ]
     assert "back to the last good network" in first["block back"]["events"][0][-1]
     assert "cannot be reached" in first["fails"]["error"]
+    assert "communicates with other ranks (all_reduce)" in first["communicates"]["error"]

@@ -58,6 +58,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "l1_global_raw": {"scope": "global_raw"},
     "l1_later": {"start_epoch": 1},
     "taylor": {"criterion": "taylor", "start_epoch": 1},
+    "taylor_distilled": {"criterion": "taylor", "start_epoch": 1},
     "apoz": {"criterion": "apoz", "start_epoch": 1},
     "mean_activation": {"criterion": "mean_activation", "start_epoch": 1},
 }

@@ -21,9 +21,10 @@ from lightning_tips.pruning.fit import checks
 from lightning_tips.pruning.fit.capture import Capture, Inputs, Sample, batch_size, find_network
 from lightning_tips.pruning.fit.distillation import TaughtTip
 from lightning_tips.pruning.fit.guard import take_snapshot
+from lightning_tips.pruning.fit.rank_zero import on_rank_zero
 from lightning_tips.pruning.fit.schedule import Schedule
-from lightning_tips.pruning.fit.surroundings import best_so_far, on_rank_zero, reestimate, reset_best, watched_by
-from lightning_tips.pruning.networks.copies import plain_copy
+from lightning_tips.pruning.fit.surroundings import best_so_far, reestimate, reset_best, watched_by
+from lightning_tips.pruning.networks.copies import log_nothing, plain_copy
 
 
 class PruningCallback(TaughtTip):
@@ -204,6 +205,7 @@ class PruningCallback(TaughtTip):
         """Checks what can be known before anything is built."""
         super().prepare(trainer, pl_module)
         checks.check_run(trainer, self)
+        checks.check_step(pl_module, self)
         if self.module is not None:
             find_network(pl_module, self.module)
 
@@ -231,10 +233,11 @@ class PruningCallback(TaughtTip):
             return
         self._checked = True
         network, example = self._target(pl_module)
+        checks.check_averages(trainer, pl_module, network, self)
 
         def work() -> dict[str, float]:
             with isolate_rng(), torch.enable_grad():
-                copied = plain_copy(network)
+                copied = _tried_on(network)
                 cost = self._measure(copied, example)
                 self._reference = self._reference or cost
                 self._check(copied, example)
@@ -270,6 +273,7 @@ class PruningCallback(TaughtTip):
                 batches.add(trainer, inputs)
                 self._step(trainer, pl_module, batches.batches)
         if not self._sample.full and not self._finished:
+            self._captured()  # left over where the last batch was skipped
             self._capture = Capture(pl_module, self._network if self._network is not None else self._holders(pl_module))
 
     def on_train_batch_end(
@@ -311,7 +315,7 @@ class PruningCallback(TaughtTip):
 
         def work() -> dict[str, Any] | None:
             with isolate_rng(), torch.enable_grad():
-                return self._propose(plain_copy(network), example, position)
+                return self._propose(_tried_on(network), example, position)
 
         try:
             proposal = on_rank_zero(trainer, work)
@@ -362,3 +366,9 @@ class PruningCallback(TaughtTip):
         if self._accepts is not None:
             self._accepts.remove()
             self._accepts = None
+
+
+def _tried_on(network: nn.Module) -> nn.Module:
+    copied = plain_copy(network)
+    log_nothing(copied)
+    return copied

@@ -17,7 +17,7 @@ from lightning_tips.core import CaughtLog, did_you_mean
 from lightning_tips.pruning.blocks.find import set_module
 from lightning_tips.pruning.fit.base import PruningCallback
 from lightning_tips.pruning.fit.capture import is_validation_of_fit, mapped
-from lightning_tips.pruning.networks.copies import plain_copy
+from lightning_tips.pruning.networks.copies import logs_nothing, plain_copy
 from lightning_tips.pruning.networks.runs import device_of, moved
 
 
@@ -73,9 +73,9 @@ def _apart(module: pl.LightningModule, log: CaughtLog) -> Iterator[None]:
 
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     with ExitStack() as stack:
-        replaced: dict[str, Any] = {"log": log, "all_gather": all_gather}
-        module.__dict__.update(replaced)
-        stack.callback(lambda: [module.__dict__.pop(name) for name in replaced])
+        stack.enter_context(logs_nothing(module))
+        module.__dict__.update({"log": log, "all_gather": all_gather})
+        stack.callback(module.__dict__.pop, "all_gather")
         for part in metrics:
             stack.callback(setattr, part, "distributed_available_fn", part.distributed_available_fn)
             part.distributed_available_fn = lambda: False

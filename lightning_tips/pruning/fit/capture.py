@@ -1,15 +1,16 @@
 """What a network is called with in a module's own steps, and a sample of it to keep.
 
 Nobody can tell from outside what ``forward`` of some LightningModule takes, or whether a step calls it at all. So the
-arguments are taken where they appear: at the first module with convolutions that a real step calls.
+arguments are taken where they appear: at the first module with convolutions that a real step calls and trains.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,11 +21,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tips.core import did_you_mean
 from lightning_tips.core.lightning_private import is_redirected
-from lightning_tips.pruning.networks.copies import COMPILED
+from lightning_tips.pruning.networks.copies import COMPILED, logs_nothing
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """The arguments of a call: by position, or all by name."""
@@ -35,31 +37,43 @@ class Capture:
 
     Args:
         module: The LightningModule.
-        network: Name of the submodule to wait for, or several; by default whichever holds convolutions and is called
-            first.
+        network: Name of the submodule to wait for. Or several, of which it is the first that is called to be trained:
+            with gradients, and with a parameter that asks for them. A frozen teacher is not meant. By default all that
+            hold convolutions.
         stop: Whether to end the step there and then, by :class:`Stopped`.
 
     Attributes:
         name: The network that was called: "" for the LightningModule itself.
         inputs: What it was called with, on the CPU; ``None`` until it was.
+        passed_over: Networks that were called and do not train, in their order.
     """
 
     def __init__(self, module: nn.Module, network: str | Sequence[str] | None = None, stop: bool = False) -> None:
         self.name: str | None = None
         self.inputs: Inputs | None = None
+        self.passed_over: list[str] = []
         self._stop = stop
         names = networks_in(module) if network is None else [network] if isinstance(network, str) else network
-        self._handles: list[RemovableHandle] = [
-            module.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True) for name in names
-        ]
+        any_of_them = not isinstance(network, str)
+        self._handles: list[RemovableHandle] = []
+        for name in names:
+            part = module.get_submodule(name)
+            # Asked now: a step may freeze for a moment what it does not train by one of its optimizers.
+            frozen = any_of_them and not any(parameter.requires_grad for parameter in part.parameters())
+            hook = self._hook(name, frozen, any_of_them)
+            self._handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str, frozen: bool, to_train: bool) -> Callable[..., None]:
         def note(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Under DDP a whole step goes through the module's `forward`, with the batch as argument.
-            if self.inputs is None and not is_redirected(network):
-                self.name, self.inputs = name, _copied(as_inputs(network, args, kwargs), _dtype(network))
-                if self._stop:
-                    raise Stopped
+            if self.inputs is not None or is_redirected(network):
+                return
+            if frozen or (to_train and network.training and not torch.is_grad_enabled()):
+                self.passed_over.append(name)
+                return
+            self.name, self.inputs = name, _copied(as_inputs(network, args, kwargs), _dtype(network))
+            if self._stop:
+                raise Stopped
 
         # Dynamo would look into it, and its imports take seconds where nobody uses it.
         return torch.compiler.disable(note) if "torch._dynamo" in sys.modules else note
@@ -78,8 +92,9 @@ class Stopped(Exception):
 def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: str | Sequence[str] | None) -> Capture:
     """Runs a training step up to its first call of a network, or its first backward pass, and no further.
 
-    Nothing is trained or drawn from a random number generator by that, and nothing logged that the step does not log
-    before that call. Parameters that it has frozen for one of several optimizers (``toggle_optimizer``) are as before.
+    Nothing is trained, logged or drawn from a random number generator by that, and the step runs on a copy of the
+    batch. What it has done to the module is undone: buffers, plain attributes, and parameters that it has frozen for
+    one of several optimizers (``toggle_optimizer``).
 
     Args:
         trainer: The trainer, in its training loop.
@@ -90,7 +105,6 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
     capture = Capture(module, network, stop=True)
     # By position, as Lightning does: somebody may call it `_`.
     takes_number = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
 
     def stop(*_: Any, **__: Any) -> None:
         raise Stopped
@@ -99,16 +113,66 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
     replaced = {"backward": strategy["backward"]} if "backward" in strategy else {}
     strategy["backward"] = stop  # what `manual_backward` calls
     try:
-        with isolate_rng(), suppress(Stopped), trainer.precision_plugin.train_step_context():
-            module.training_step(batch, *((0,) if takes_number else ()))
+        with ExitStack() as stack:
+            for context in (isolate_rng(), _undone(module), logs_nothing(module), suppress(Stopped)):
+                stack.enter_context(context)
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            module.training_step(_apart(batch), *((0,) if takes_number else ()))
     finally:
         capture.remove()
         del strategy["backward"]
         strategy.update(replaced)
+    return capture
+
+
+@contextmanager
+def _undone(module: nn.Module) -> Iterator[None]:
+    """Afterwards buffers, plain attributes and the flags of parameters are what they were, in every submodule.
+
+    Of attributes: which object each one is, and what is directly in lists, dicts, sets and, up to 256 MB, tensors: of
+    whole datasets a second copy may not fit.
+    """
+    parts = list(module.modules())
+    before = [{name: value for name, value in vars(part).items() if name not in _REGISTRIES} for part in parts]
+    held = [value for values in before for value in values.values()]
+    contents = [(value, copy.copy(value)) for value in held if type(value) in (list, dict, set)]
+    tensors = [value for value in held if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+    tensors = [*module.buffers(), *(tensor for tensor in tensors if size_in_bytes(tensor) <= 2**28)]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    buffers = [dict(part._buffers) for part in parts]
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    modes = [part.training for part in parts]
+    try:
+        yield
+    finally:
+        for part, attributes, own, training in zip(parts, before, buffers, modes, strict=True):
+            for name in vars(part).keys() - attributes.keys() - _REGISTRIES:
+                del vars(part)[name]
+            vars(part).update(attributes)
+            part._buffers.update(own)
+            part.training = training
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        with torch.no_grad():
+            for tensor, value in values:
+                if tensor.shape == value.shape and not torch.equal(tensor, value):
+                    tensor.copy_(value)
         for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-    return capture
+
+
+_REGISTRIES = {name for name in vars(nn.Module()) if name != "training"}
+"""Where a module keeps its parameters, buffers, submodules and hooks: these attributes are no plain ones."""
+
+
+def _apart(batch: Any) -> Any:
+    """A copy, as the step may change its batch: take something out of a dict, or scale a tensor in place."""
+    try:
+        return copy.deepcopy(batch)
+    except (RuntimeError, TypeError, ValueError):  # tensors of a graph, iterators, locks
+        return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def networks_in(module: nn.Module, kinds: Sequence[type[nn.Module]] = (_ConvNd,)) -> list[str]:
@@ -147,13 +211,30 @@ def find_network(module: nn.Module, name: str) -> nn.Module:
 
 
 def as_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """The arguments of a call, by position if all are, else all by name."""
+    """The arguments of a call, by position if all are, else all by name.
+
+    Raises:
+        MisconfigurationException: For arguments that have no name (``*args``) beside such that have no position.
+    """
     if not kwargs:
         return args
     if not args:
         return dict(kwargs)
     inner = getattr(network, COMPILED, network)
-    return dict(inspect.signature(inner.forward).bind(*args, **kwargs).arguments)
+    bound = inspect.signature(inner.forward).bind(*args, **kwargs)
+    if not bound.kwargs:
+        return bound.args
+    kinds = inspect.signature(inner.forward).parameters
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = kinds[name].kind
+        if kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            raise MisconfigurationException(
+                f"{type(network).__name__} is called with {name!r} by position only, and with {', '.join(bound.kwargs)}"
+                " by name: such a call cannot be kept. Name a part of it with module=..."
+            )
+        named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return named
 
 
 def call_network(network: nn.Module, inputs: Inputs) -> Any:

@@ -18,10 +18,12 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import LBFGS
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_tips.core import TipCallback, callbacks_of, did_you_mean, require_strategy
+from lightning_tips.core import TipCallback, callbacks_of, did_you_mean, require_strategy, say
 from lightning_tips.core.lightning_private import starts_processes
 from lightning_tips.pruning.filters.prune import plan_filters
 from lightning_tips.pruning.fit.schedule import Schedule
@@ -131,6 +133,45 @@ def check_run(trainer: pl.Trainer, tip: object) -> None:
             f"{type(tip).__name__} does not work with processes that the Trainer spawns or forks: Lightning brings"
             " their weights back into a network of the old shape. Use strategy='ddp'."
         )
+
+
+def check_step(module: pl.LightningModule, tip: object) -> None:
+    """Raises for a training step whose batches nobody can see before it runs."""
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{type(tip).__name__} looks at batches before they are trained on, and training_step of"
+            f" {type(module).__name__} takes them from a dataloader_iter by itself. Let it take a batch."
+        )
+
+
+def check_averages(trainer: pl.Trainer, module: nn.Module, network: nn.Module, tip: object) -> None:
+    """Raises for an average of the network's weights (EMA) in the module or a callback, and names what may be one.
+
+    Its shapes would not be the network's any more. Any other copy may as well be an independent network or a teacher.
+    """
+    shapes = [(name, tensor.shape) for name, tensor in network.named_parameters()]
+    inside = {f"{type(module).__name__}.{name}": part for name, part in module.named_modules()}
+    beside = {
+        f"{type(callback).__name__}.{name}": value
+        for callback in callbacks_of(trainer)
+        for name, value in vars(callback).items()
+        if isinstance(value, nn.Module)
+    }
+    own = {id(part) for part in [module, *network.modules()]}
+    for name, part in (inside | beside).items():
+        averaged = isinstance(part, AveragedModel) or type(part).__name__.startswith("ModelEma")  # timm's
+        inner = part.module if averaged else part
+        if id(part) in own or [(n, t.shape) for n, t in inner.named_parameters()] != shapes:
+            continue
+        if averaged:
+            raise MisconfigurationException(
+                f"{type(tip).__name__}: {name} averages the network's weights in the shapes that they have now, and"
+                " these change. Prune first, and average in a run that goes on from the pruned checkpoint"
+                " (load_pruned)."
+            )
+        own.add(id(part))
+        if name in beside or not any(parameter.requires_grad for parameter in part.parameters()):
+            say(trainer, f"{name} has the network's shapes and keeps them. An average of its weights would not fit.")
 
 
 def check_optimizers(trainer: pl.Trainer, tip: object) -> None:

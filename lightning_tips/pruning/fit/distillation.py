@@ -15,7 +15,7 @@ from lightning_tips.core import ReplacedStep, resize_to
 from lightning_tips.core.lightning_private import is_redirected
 from lightning_tips.pruning.fit.capture import as_inputs
 from lightning_tips.pruning.fit.going_back import GuardedTip
-from lightning_tips.pruning.networks.copies import plain_copy
+from lightning_tips.pruning.networks.copies import log_nothing, plain_copy
 
 Task = Literal["multiclass", "multilabel", "regression"]
 
@@ -93,6 +93,7 @@ class Teacher:
         if state is not None:
             resize_to(copied, state)
             copied.load_state_dict(state)
+        log_nothing(copied)
         self.network = copied.eval().requires_grad_(False)
         self._student = network
         self._calls: list[tuple[Any, Any]] = []  # inputs and output

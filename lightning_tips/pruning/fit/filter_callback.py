@@ -51,7 +51,7 @@ class FilterPruningCallback(FilterSteps):
         scope: Of the ranking, see ``plan_filters``: ``"isomorphic"``, ``"global"``, ``"global_raw"`` or ``"layer"``.
         plan: More arguments of ``plan_filters``: ``inner_only``, ``floor``, ``protect``, ``limits``, ...
         module: Name of the network within the LightningModule. By default it is the first module with convolutions
-            that a step calls.
+            that a step calls to train it.
         example_inputs: What it takes: a tensor, a tuple of arguments or a dict of them; a list of integers is a shape.
             By default they are taken from the first batch.
         latency_batch: Batch size for which latency is measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_tips.pruning.ranking.data_criteria import GradientScores
 
 KEYS = {"macs": "macs", "params": "parameters", "filters": "filters"}
 """What a target is called, and where a :class:`Cost` has it."""
+READ_ELSEWHERE = "may be read by a layer that does not run in this call"
 
 
 class FilterSteps(PruningCallback):
@@ -79,14 +81,18 @@ class FilterSteps(PruningCallback):
 
     def _check(self, network: nn.Module, example: Inputs) -> None:
         shares = self._shares()
-        self._elsewhere = read_elsewhere(network, example)
+        readers = read_elsewhere(network, example)
+        self._elsewhere = list(readers)
         counted = {name: share for name, share in shares.items() if name != "latency"}
         changes: dict[str, Any] = {}
         if self._taylor is not None:  # gradients are not there yet; what can be pruned does not depend on them
             changes["criterion"] = "l1"
         elif self._looks_at_activations:  # nor are batches, but the example says what the criterion cannot rank
             changes |= {"batches": [example], "score_forward": call_network}
-        self._plan(network, example, **changes, target=counted or {"macs": 0.9})
+        try:
+            self._plan(network, example, **changes, target=counted or {"macs": 0.9})
+        except ValueError as error:
+            raise ValueError("\n".join([str(error), *_about(readers, self._network or "")])) from error
 
     def _plan(self, network: nn.Module, example: Inputs, **changes: Any) -> PruningPlan:
         arguments: dict[str, Any] = {"criterion": self.criterion, "scope": self.scope} | self.plan
@@ -173,7 +179,7 @@ class FilterSteps(PruningCallback):
         return {
             "kept": {name: [None if d is None else list(d) for d in dims] for name, dims in plan.kept.items()},
             "channels": {name: list(pair) for name, pair in plan.channels.items()},
-            "left_out": dict(plan.left_out),
+            "left_out": dict(plan.left_out) | {n: READ_ELSEWHERE for n in self._elsewhere if n in plan.left_out},
             "cost": cost,
             "what": f"{removed} filters taken out",
             "details": details,
@@ -187,6 +193,20 @@ class FilterSteps(PruningCallback):
         self._left_out = dict(proposal["left_out"])
         if self._taylor is not None:
             self._taylor.clear()
+
+
+def _about(readers: Mapping[str, str], network: str) -> list[str]:
+    """For an error: which layers stay because of others that did not run, and what to do about it."""
+    if not readers:
+        return []
+    first = [name.split(".")[:-1] for name in readers]
+    common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*first, strict=False)))
+    part = ".".join([*filter(None, [network]), *(parts[0] for parts in common)])
+    name, reader = next(iter(readers.items()))
+    return [
+        f"{len(readers)} of them stay since others, which do not run in this call, may read them ({name} by {reader},"
+        f" for example). If that is not so, name the part that is called: module={part or 'its name'!r}."
+    ]
 
 
 def _as_numbers(cost: Cost) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_tips.core import TipCallback, agree
@@ -79,6 +80,12 @@ class NetworkFinder(TipCallback):
 
     def _take_given_example(self, trainer: pl.Trainer) -> None:
         given = self.example_inputs
+        module = trainer.lightning_module
+        if given is not None and not self.module and not is_overridden("forward", module, pl.LightningModule):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: example_inputs are of the whole {type(module).__name__}, which has no forward."
+                " Name the network that they are of, with module=..."
+            )
         if isinstance(given, list) and given and all(isinstance(size, int) for size in given):
             given = torch.rand(given, generator=torch.Generator().manual_seed(0))  # a yaml can give a shape only
         if given is not None:
@@ -100,11 +107,18 @@ class NetworkFinder(TipCallback):
         if self._example is None and own is not None and self.module in (None, ""):
             self._know(trainer, "", _as_inputs(own))
         if self._example is None:
+            step = f"training_step of {type(pl_module).__name__}"
+            if found.passed_over:
+                name = found.passed_over[0]
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: {step} calls {name!r} without training it. Pass module={name!r} if that is"
+                    " what to prune, else the name of the network."
+                )
+            named = "" if self.module is None else f" named {self.module!r}"
             raise MisconfigurationException(
-                f"{type(self).__name__} did not find what the network is called with: training_step of"
-                f" {type(pl_module).__name__} called no module with convolutions"
-                f"{'' if self.module is None else f' named {self.module!r}'} before its first backward pass. Pass"
-                " module='name of the network' and example_inputs, a tensor or a tuple of what it takes."
+                f"{type(self).__name__} did not find what the network is called with: {step} called no module with"
+                f" convolutions{named} before its first backward pass. Pass module='name of the network' and"
+                " example_inputs, a tensor or a tuple of what it takes."
             )
         return found.inputs
 

@@ -64,7 +64,7 @@ class LayerPruningCallback(RanksByMetric):
         on_drop: After going back: ``"stop"``, or go on in ``"smaller"`` steps.
         protect: Names or patterns (``"layer1.*"``) of blocks that stay.
         module: Name of the network within the LightningModule. By default it is the first module with convolutions
-            that a step calls.
+            that a step calls to train it.
         example_inputs: What it takes: a tensor, a tuple of arguments or a dict of them; a list of integers is a shape.
             By default they are taken from the first batch.
         samples: Training samples that are kept, in checkpoints too, for the criterion and BatchNorm's statistics; as

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,41 +18,21 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_tips.core import agree, callbacks_of
 from lightning_tips.pruning.fit.capture import Inputs, call_network
+from lightning_tips.pruning.networks.copies import logs_nothing
 from lightning_tips.pruning.networks.layers import channels_of
 from lightning_tips.pruning.networks.recalibrate import reestimate_batch_norm
 
-T = TypeVar("T")
 BEST_FILES = (
     *("best_k_models", "best_model_path", "best_model_score", "kth_best_model_path", "kth_value", "current_score"),
 )
 """Where a ModelCheckpoint has its best."""
 
 
-def on_rank_zero(trainer: pl.Trainer, work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, on every rank; where it raises, all ranks do.
-
-    Without that the others would wait for a rank that has failed.
-    """
-    if trainer.world_size == 1:
-        return work()
-    result: tuple[T | None, Exception | None] = (None, None)
-    if trainer.is_global_zero:
-        try:
-            result = (work(), None)
-        except Exception as error:  # of whatever kind: it is raised below, on all ranks
-            kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
-            result = (None, kind(str(error)))  # others may not survive the way to another process
-    value, failure = agree(trainer, result)
-    if failure is not None:
-        raise failure
-    return value  # type: ignore[return-value]
-
-
 def reestimate(trainer: pl.Trainer, network: nn.Module, batches: list[Inputs]) -> None:
     """Estimates BatchNorm's statistics anew, from the same inputs on all ranks."""
     if not batches:
         return
-    with isolate_rng():
+    with isolate_rng(), logs_nothing(network):
         reestimate_batch_norm(network, batches, forward=call_network, include_frozen=True)
     if trainer.world_size > 1:  # devices may differ in the last bit
         buffers = dict(network.named_buffers())
@@ -60,7 +40,7 @@ def reestimate(trainer: pl.Trainer, network: nn.Module, batches: list[Inputs]) -
             buffers[name].copy_(value)
 
 
-def read_elsewhere(network: nn.Module, inputs: Any) -> list[str]:
+def read_elsewhere(network: nn.Module, inputs: Any) -> dict[str, str]:
     """Layers whose outputs may be read outside of this call, by layers that do not run in it.
 
     A second head that only every other step uses is not seen when the network is called; what feeds it must stay. Which
@@ -69,6 +49,9 @@ def read_elsewhere(network: nn.Module, inputs: Any) -> list[str]:
     Args:
         network: A copy; it is run in train and in eval mode.
         inputs: Its inputs.
+
+    Returns:
+        The names of the layers, each with that of a layer that may read it.
     """
     layers = {name: part for name, part in network.named_modules() if isinstance(part, _ConvNd | nn.Linear)}
     ran: set[int] = set()
@@ -82,8 +65,13 @@ def read_elsewhere(network: nn.Module, inputs: Any) -> list[str]:
         network.train(was)
         for handle in handles:
             handle.remove()
-    idle = [part for part in layers.values() if id(part) not in ran]
-    return [n for n, part in layers.items() if id(part) in ran and any(_fits(channels_of(part), i) for i in idle)]
+    idle = {name: part for name, part in layers.items() if id(part) not in ran}
+    found = {}
+    for name, part in layers.items():
+        readers = (other for other, layer in idle.items() if _fits(channels_of(part), layer))
+        if id(part) in ran and (reader := next(readers, None)) is not None:
+            found[name] = reader
+    return found
 
 
 def _fits(channels: int, layer: nn.Module) -> bool:

@@ -78,6 +78,32 @@ def copy_network(model: nn.Module) -> nn.Module:
     return twin
 
 
+def log_nothing(network: nn.Module) -> None:
+    """From now on LightningModules in a copy do not log: their ``forward`` runs apart from any step."""
+    for part in network.modules():
+        if isinstance(part, pl.LightningModule):
+            vars(part)["log"] = _nothing  # `log_dict` calls it
+
+
+@contextmanager
+def logs_nothing(network: nn.Module) -> Iterator[None]:
+    """While it is open, LightningModules in ``network`` do not log, nor do copies that are made of it meanwhile."""
+    modules = [part for part in network.modules() if isinstance(part, pl.LightningModule)]
+    before = [vars(part).get("log") for part in modules]
+    log_nothing(network)
+    try:
+        yield
+    finally:
+        for part, former in zip(modules, before, strict=True):
+            vars(part).pop("log", None)
+            if former is not None:
+                vars(part)["log"] = former
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stands where a module's ``log`` was."""
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """What runs inside runs in the network's own precision, on every kind of device."""

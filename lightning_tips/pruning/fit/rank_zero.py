@@ -1,0 +1,69 @@
+"""Work that one rank does for all: its result, or its error, is everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
+
+import lightning.pytorch as pl
+import torch.distributed
+from torch.distributed import distributed_c10d
+
+from lightning_tips.core import agree
+
+T = TypeVar("T")
+
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
+    *("barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "recv", "reduce", "reduce_scatter"),
+    *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
+)
+"""What waits for other ranks."""
+
+
+def on_rank_zero(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, on every rank; where it raises, all ranks do.
+
+    Without that the others would wait for a rank that has failed. ``work`` may not wait for them in its turn: a network
+    that communicates in its forward pass gets an error instead of a run that hangs.
+    """
+    if trainer.world_size == 1:
+        return work()
+    result: tuple[T | None, Exception | None] = (None, None)
+    if trainer.is_global_zero:
+        try:
+            with _no_communication():
+                result = (work(), None)
+        except Exception as error:  # of whatever kind: it is raised below, on all ranks
+            kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
+            result = (None, kind(str(error)))  # others may not survive the way to another process
+    value, failure = agree(trainer, result)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
+
+
+@contextmanager
+def _no_communication() -> Iterator[None]:
+    """While it is open, collectives of torch.distributed raise."""
+    places: tuple[ModuleType, ...] = (torch.distributed, distributed_c10d)
+    before = [(place, name, getattr(place, name)) for place in places for name in COLLECTIVES if hasattr(place, name)]
+    for place, name, _ in before:
+        setattr(place, name, _refusing(name))
+    try:
+        yield
+    finally:
+        for place, name, function in before:
+            setattr(place, name, function)
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"The network's forward pass communicates with other ranks ({name}), and pruning tries it out on one rank"
+            " by itself. Name a part of it that does not, with module=..., or prune on one device."
+        )
+
+    return refuse
