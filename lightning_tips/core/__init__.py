@@ -16,7 +16,13 @@ from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
 from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
 from lightning_tips.core.loader_tip import LoaderTip
-from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
+from lightning_tips.core.loaders import (
+    SeekableSampler,
+    replace_train_loaders,
+    resumable,
+    sampler_of,
+    split_train_loader,
+)
 from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.logit_watcher import LogitWatcher
 from lightning_tips.core.messages import did_you_mean, say
@@ -102,6 +108,7 @@ __all__ = [
     "resumable",
     "run_fits",
     "same_random_numbers",
+    "sampler_of",
     "sampler_ranks",
     "say",
     "scale_again",

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_tips.core.lightning_private import change_train_loaders, epoch_of_samplers, is_epoch_finished
 
@@ -99,6 +99,15 @@ def split_train_loader(
         return combined
 
     return change_train_loaders(trainer, change)
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What the batches of a loader are drawn from; that of a plain ``batch_sampler=BatchSampler(...)``, too.
+
+    Such a loader's own ``sampler`` is one that torch made and nobody uses.
+    """
+    batches = loader.batch_sampler
+    return batches.sampler if type(batches) is BatchSampler else loader.sampler
 
 
 def resumable(loader: DataLoader[Any]) -> DataLoader[Any]:
