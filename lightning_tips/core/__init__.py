@@ -2,6 +2,7 @@
 
 from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.confusion import as_classes, confusion_matrix, recalls
+from lightning_tips.core.dataset_labels import find_labels, stored_labels
 from lightning_tips.core.distributed import (
     agree,
     check_ranks_agree,
@@ -14,7 +15,7 @@ from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
-from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
+from lightning_tips.core.labels import as_labels, bin_targets, class_counts
 from lightning_tips.core.loader_tip import LoaderTip
 from lightning_tips.core.loaders import (
     SeekableSampler,
