@@ -51,6 +51,8 @@ class Diary(PlainModule):
 
 
 def plain(batch: Any) -> Any:
+    if batch is None:  # of a loader that is used up
+        return None
     if isinstance(batch, Tensor):
         return batch.tolist()
     if isinstance(batch, dict):
@@ -88,6 +90,7 @@ FORMS = {
     "workers": lambda: loader(2),
     "persistent": lambda: loader(2, persistent_workers=True),
     "dict": lambda: {"a": loader(), "b": DataLoader(Subset(DATA, list(range(30, 56))), 4)},
+    "longest": lambda: CombinedLoader([loader(), DataLoader(Subset(DATA, list(range(36, 48))), 4)], "max_size"),
     "shortest": lambda: CombinedLoader([loader(), DataLoader(DATA, 16)], "min_size"),
     "own sampler": lambda: DataLoader(DATA, 8, sampler=ImbalancedSampler(LABELS, "sqrt")),
     "batches": lambda: ImbalancedBatchSampler(LABELS, 8, 2).loader(DATA),

@@ -62,10 +62,8 @@ def replace_train_loaders(
                     f"A training loader of {type(loader).__name__} has no sampler to replace; return a"
                     " torch.utils.data.DataLoader from train_dataloader()."
                 )
-        combined.flattened = changed = change(combined.flattened)
-        for loader in changed:
-            if isinstance(loader, _Resumable):
-                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
+        combined.flattened = change(combined.flattened)
+        _place(trainer, combined)
         return combined
 
     return change_train_loaders(trainer, change_all, first)
@@ -93,12 +91,18 @@ def split_train_loader(
                 " member_data='shared'."
             )
         combined = CombinedLoader(split(found[0]), "max_size_cycle")
-        for loader in combined.flattened:
-            if isinstance(loader, _Resumable):
-                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
+        _place(trainer, combined)
         return combined
 
     return change_train_loaders(trainer, change)
+
+
+def _place(trainer: pl.Trainer, combined: CombinedLoader) -> None:
+    """Tells loaders where the run is, before they get their state."""
+    alone = len(combined.flattened) == 1
+    for loader in combined.flattened:
+        if isinstance(loader, _Resumable):
+            loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer), alone)
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
@@ -134,15 +138,17 @@ class _Resumable(DataLoader[Any]):
     _due_epoch = 0
     _limit: float = 1.0
     _finished = False
+    _alone = True
 
-    def place(self, epoch: int, limit: float, finished: bool = False) -> None:
+    def place(self, epoch: int, limit: float, finished: bool = False, alone: bool = True) -> None:
         """Tells the epoch that is due, the Trainer's ``limit_train_batches``, and whether a state is of an epoch's end.
 
-        Of several loaders all but one end an epoch somewhere in their middle, so they cannot know by themselves.
+        Of several loaders some end an epoch somewhere in their middle, and some are used up before it ends, so they
+        cannot know that by themselves.
 
         Workers begin to fetch before Lightning calls ``set_epoch`` on resume, so the epoch must be known now.
         """
-        self._due_epoch, self._limit, self._finished = epoch, limit, finished
+        self._due_epoch, self._limit, self._finished, self._alone = epoch, limit, finished, alone
         self._seekable.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -164,7 +170,7 @@ class _Resumable(DataLoader[Any]):
         length = min(len(self), self._limit) if isinstance(self._limit, int) else int(len(self) * self._limit)
         if epoch < self._due_epoch:
             epoch, batches = self._due_epoch, 0
-        elif self._finished or batches >= length:
+        elif self._finished or (self._alone and batches >= length):
             epoch, batches = epoch + 1, 0
         if batches and state.get("samples", self._samples_a_batch) != self._samples_a_batch:
             rank_zero_warn(
