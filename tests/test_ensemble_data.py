@@ -165,3 +165,5 @@ def test_what_cannot_have_data_of_its_own_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="WeightedRandomSampler"):
         fit(ensemble, folder=tmp_path, data=Weighted())
+    with pytest.raises(MisconfigurationException, match="overfit_batches repeats the first batches"):
+        fit(ensemble, folder=tmp_path, data=LoaderData(), overfit_batches=2)
