@@ -184,6 +184,16 @@ def test_data_is_left_alone_after_the_run(tmp_path: Path) -> None:
     assert classes_of(module.seen) == [40, 12, 4]
 
 
+def test_a_loader_with_the_sampler_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    given = DataLoader(DATA, 8, sampler=ImbalancedSampler(LABELS))
+    before = dict(vars(given))
+    trainer, module = build(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), max_epochs=1)
+    trainer.fit(module, given)
+    assert classes_of(module.seen) == [40, 40, 40]
+    assert type(given) is DataLoader
+    assert vars(given) == before
+
+
 def test_loaders_that_are_reloaded(tmp_path: Path) -> None:
     module, tip = Diary(), ImbalancedSamplerCallback()
     arguments = {"data": Loaders(loader), "max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
