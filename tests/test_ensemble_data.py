@@ -167,3 +167,11 @@ def test_what_cannot_have_data_of_its_own_is_refused(tmp_path: Path) -> None:
         fit(ensemble, folder=tmp_path, data=Weighted())
     with pytest.raises(MisconfigurationException, match="overfit_batches repeats the first batches"):
         fit(ensemble, folder=tmp_path, data=LoaderData(), overfit_batches=2)
+
+    class Dropping(LoaderData):
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train, len(self.train), shuffle=True, drop_last=True)
+
+    few = EnsembleModule(member=PlainModule, n=2, member_data="majority_subsets")
+    with pytest.raises(MisconfigurationException, match="less than a batch"):
+        fit(few, folder=tmp_path, data=Dropping())

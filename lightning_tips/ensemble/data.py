@@ -116,7 +116,13 @@ def member_loaders(
             indices = majority_subset(labels, seed, member, ratio)
         else:
             indices = bootstrap(samples, seed, member) if kind == "bootstrap" else np.arange(samples)
-        loaders[f"member_{member}"] = resumable(with_sampler(loader, MemberSampler(indices, seed, member)))
+        made = with_sampler(loader, MemberSampler(indices, seed, member))
+        if not len(made):
+            raise ValueError(
+                f"A member has {len(indices)} samples, less than a batch, and drop_last=True leaves nothing of them."
+                " Lower batch_size, or leave drop_last out."
+            )
+        loaders[f"member_{member}"] = resumable(made)
     return loaders
 
 
