@@ -312,6 +312,24 @@ def test_chosen_classes_only(tmp_path: Path) -> None:
             BatchAugmentationCallback(**arguments)  # type: ignore[arg-type]
 
 
+def test_classes_are_not_counted_in_several_loaders(tmp_path: Path) -> None:
+    keys = {"input_key": "a.0", "target_key": "a.1", "preview": False}
+
+    def run(**arguments: Any) -> Watching:
+        module = Watching()
+        module.training_step = lambda batch: Watching.training_step(module, batch["a"])  # type: ignore[method-assign]
+        tip = BatchAugmentationCallback(["Brightness"], **keys, **arguments)
+        trainer, _ = build(tip, folder=tmp_path, max_epochs=1, module=module)
+        trainer.fit(module, {name: DataLoader(Numbered(), 32) for name in "ab"}, DataLoader(Numbered(), 64))
+        return module
+
+    with pytest.raises(MisconfigurationException, match="There are 2 training loaders"):
+        run(only_classes="minority")
+    with pytest.raises(MisconfigurationException, match="Pass num_classes"):
+        run(mixup=0.2)
+    assert run(mixup=0.2, num_classes=10).seen["train"][0][1].shape == (32, 10)
+
+
 def test_off_in_the_last_epochs(tmp_path: Path) -> None:
     tip = BatchAugmentationCallback(last_epochs_off=1, mixup=0.2, preview=False)
     module = train(tip, tmp_path, max_epochs=2)

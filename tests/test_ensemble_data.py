@@ -95,6 +95,17 @@ def test_a_member_with_its_own_order_ends_as_alone_with_that_order(tmp_path: Pat
     assert_same(dict(ensemble.members[1].state_dict()), dict(member.state_dict()))
 
 
+def test_batches_of_a_plain_batch_sampler_keep_their_size(tmp_path: Path) -> None:
+    class Batched(LoaderData):
+        def train_dataloader(self) -> Any:
+            batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self.train), 100, True)
+            return torch.utils.data.DataLoader(self.train, batch_sampler=batches)
+
+    ensemble = EnsembleModule(member=Watching, n=2, member_data="own_order", seed=0)
+    fit(ensemble, folder=tmp_path, max_epochs=1, data=Batched())
+    assert [[len(batch) for batch in member.seen] for member in ensemble.members] == [[100] * 4] * 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resume_goes_on_with_the_batches_that_are_due(workers: int, tmp_path: Path) -> None:
     def make() -> EnsembleModule:
@@ -154,3 +165,13 @@ def test_what_cannot_have_data_of_its_own_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="WeightedRandomSampler"):
         fit(ensemble, folder=tmp_path, data=Weighted())
+    with pytest.raises(MisconfigurationException, match="overfit_batches repeats the first batches"):
+        fit(ensemble, folder=tmp_path, data=LoaderData(), overfit_batches=2)
+
+    class Dropping(LoaderData):
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.train, len(self.train), shuffle=True, drop_last=True)
+
+    few = EnsembleModule(member=PlainModule, n=2, member_data="majority_subsets")
+    with pytest.raises(MisconfigurationException, match="less than a batch"):
+        fit(few, folder=tmp_path, data=Dropping())

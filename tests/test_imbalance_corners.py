@@ -8,11 +8,22 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from test_class_report import Clouds, Linear, balanced
 from test_sampler_callback import DATA, Diary, Loaders, classes_of, loader
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from lightning_tips import ClassReportCallback, ImbalancedSamplerCallback
 
 from harness import build, every_step, fit
+
+
+class ListDataset(Dataset):
+    def __init__(self, samples: list) -> None:
+        self.kept = samples
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.kept[index]
 
 
 class AsksForSteps(Diary):
@@ -60,6 +71,17 @@ def test_batch_samplers_are_refused(tmp_path: Path) -> None:
     data = Loaders(lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, False)))
     with pytest.raises(MisconfigurationException, match="made with batch_sampler"):
         fit(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), data=data)
+
+
+def test_labels_that_are_corrected_between_two_fits_are_read_again(tmp_path: Path) -> None:
+    data = [DATA[i] for i in range(len(DATA))]  # keeps no list of labels
+    hidden = ListDataset(data)
+    for moved in (0, 5):
+        data[17 : 17 + moved] = [(number, torch.tensor(2)) for number, _ in data[17 : 17 + moved]]
+        tip = ImbalancedSamplerCallback()
+        fit(tip, folder=tmp_path, data=Loaders(lambda: DataLoader(hidden, 8)), module=Diary(), max_epochs=1)
+        assert tip.class_counts is not None
+        assert tip.class_counts.tolist() == [40 - moved, 12, 4 + moved]
 
 
 def test_ignored_targets_change_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`PseudoLabelCallback` in runs: what batches hold, that it leaves no trace, resumed, refused, from a yaml."""
 
+import pickle
 import random
 import warnings
 from pathlib import Path
@@ -82,6 +83,9 @@ def test_batches_hold_their_share_with_the_teachers_labels(workers: int, tmp_pat
     assert sum(mixed for mixed, _ in module.seen[4:]) == 2 * int(128 * tip.sampler.share)
     assert all(mixed == right for mixed, right in module.seen)  # what the set said of itself was never used
     assert tip.sampler.share == pytest.approx(0.1)
+    again = pickle.loads(pickle.dumps(tip))
+    assert again.state_dict()["unlabelled"] == len(whole)
+    assert again.describe() == tip.describe()
 
 
 def test_labelling_leaves_no_trace_on_the_run(tmp_path: Path) -> None:

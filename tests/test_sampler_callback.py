@@ -51,6 +51,8 @@ class Diary(PlainModule):
 
 
 def plain(batch: Any) -> Any:
+    if batch is None:  # of a loader that is used up
+        return None
     if isinstance(batch, Tensor):
         return batch.tolist()
     if isinstance(batch, dict):
@@ -88,6 +90,7 @@ FORMS = {
     "workers": lambda: loader(2),
     "persistent": lambda: loader(2, persistent_workers=True),
     "dict": lambda: {"a": loader(), "b": DataLoader(Subset(DATA, list(range(30, 56))), 4)},
+    "longest": lambda: CombinedLoader([loader(), DataLoader(Subset(DATA, list(range(36, 48))), 4)], "max_size"),
     "shortest": lambda: CombinedLoader([loader(), DataLoader(DATA, 16)], "min_size"),
     "own sampler": lambda: DataLoader(DATA, 8, sampler=ImbalancedSampler(LABELS, "sqrt")),
     "batches": lambda: ImbalancedBatchSampler(LABELS, 8, 2).loader(DATA),
@@ -179,6 +182,16 @@ def test_data_is_left_alone_after_the_run(tmp_path: Path) -> None:
     module = Diary()
     trainer.fit(module, datamodule=data)
     assert classes_of(module.seen) == [40, 12, 4]
+
+
+def test_a_loader_with_the_sampler_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    given = DataLoader(DATA, 8, sampler=ImbalancedSampler(LABELS))
+    before = dict(vars(given))
+    trainer, module = build(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), max_epochs=1)
+    trainer.fit(module, given)
+    assert classes_of(module.seen) == [40, 40, 40]
+    assert type(given) is DataLoader
+    assert vars(given) == before
 
 
 def test_loaders_that_are_reloaded(tmp_path: Path) -> None:

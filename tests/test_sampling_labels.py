@@ -99,8 +99,8 @@ class Plain(Dataset):
 
 
 class Kept(Plain):
-    def __init__(self, name, labels) -> None:
-        super().__init__(range(len(LABELS)))
+    def __init__(self, name, labels, given=LABELS) -> None:
+        super().__init__(given)
         setattr(self, name, labels)
 
 
@@ -140,6 +140,87 @@ def test_labels_of_combined_datasets() -> None:
     hidden = Plain([0, 1, 1, 0, 2])
     assert find_labels(Subset(hidden, [4, 1]), progress=False).tolist() == [2, 1]
     assert hidden.reads == 2
+
+
+class Wrapped(Dataset):
+    """Passes on what it does not know, and gives out other labels, as wrappers do."""
+
+    def __init__(self, base, change) -> None:
+        self.base, self.change = base, change
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.base[index]
+        return image, self.change(label)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (Wrapped(Kept("targets", LABELS), lambda label: 3 - label), 3 - LABELS),
+        (Wrapped(Kept("targets", LABELS), lambda label: int(label == 3)), LABELS == 3),  # 7 of 1000
+        (Kept("labels", np.eye(4, dtype=int)[LABELS], LABELS % 2), LABELS % 2),
+        (Subset(Kept("targets", 3 - LABELS), range(0, 1000, 3)), LABELS[::3]),
+        (Kept("labels", ["cat", "dog", "cat"], [0, 1, 0]), [0, 1, 0]),  # names
+        (Kept("targets", [0, 1], [0, 1, 1]), [0, 1, 1]),
+        (Kept("targets", [0.25, 0.5, 0.75], [0, 0, 1]), [0, 0, 1]),
+    ],
+)
+def test_labels_are_those_of_the_samples_where_others_are_kept(dataset, expected) -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert find_labels(dataset).tolist() == list(expected)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: x,  # no label
+        lambda x, y: 1 / 0,
+        lambda x, y: (x, x),  # two views
+        lambda x, y: (x, "cat"),
+        lambda x, y: (x, torch.eye(4)[y]),
+        lambda x, y: (x, 0.7 * torch.eye(4)[y]),  # soft
+        lambda x, y: {"a": x, "b": y},
+    ],
+)
+def test_kept_labels_hold_where_samples_have_none_or_the_same_in_another_form(make) -> None:
+    dataset = Kept("targets", LABELS)
+    dataset.make = make
+    assert find_labels(dataset).tolist() == LABELS.tolist()
+    numbered = Kept("targets", LABELS, range(1000))
+    assert find_labels(numbered).tolist() == LABELS.tolist()  # what stands second is the sample's number
+
+
+def test_samples_are_read_again_when_they_have_changed() -> None:
+    dataset = Plain([0, 1, 1, 0, 2])
+    assert find_labels(dataset).tolist() == [0, 1, 1, 0, 2]
+    dataset.hidden += [2, 2]
+    assert find_labels(dataset).tolist() == [0, 1, 1, 0, 2, 2, 2]
+    dataset.hidden[:] = [2, 1, 1, 2, 0, 0, 0]
+    assert find_labels(dataset).tolist() == [2, 1, 1, 2, 0, 0, 0]
+
+
+def test_what_samples_open_is_left_to_workers() -> None:
+    class Opens(Kept):
+        file = None
+
+        def __getitem__(self, index: int) -> Any:
+            self.file = self.file or object()
+            return super().__getitem__(index)
+
+    dataset = Opens("targets", LABELS)
+    find_labels(Subset(dataset, [0, 5, 9]))
+    assert dataset.file is None
 
 
 def test_labels_of_a_folder_of_images(tmp_path: Path) -> None:
@@ -186,7 +267,7 @@ class Stream(IterableDataset):
     ("labels", "error", "message"),
     [
         (Stream(), TypeError, "IterableDataset, whose samples cannot be chosen"),
-        (Kept("targets", [0, 1]), ValueError, "Kept has 1000 samples but 2 targets"),
+        (Kept("targets", [0, 1], ["cat"] * 1000), ValueError, "Kept has 1000 samples but 2 targets"),
         (Plain([0, 1], lambda x, y: x), ValueError, "No labels can be found in Plain: a sample is a Tensor"),
         (Plain([0, 1], lambda x, y: {"image": x, "z": y}), ValueError, "No labels can be found in Plain: Cannot tell"),
         (TensorDataset(torch.zeros(3)), ValueError, "inputs only"),

@@ -8,7 +8,18 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler, random_split
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
 
 from lightning_tips import ImbalancedSamplerCallback, SubsetCallback, SubsetMixin
 from lightning_tips.core import EpochSampler
@@ -194,6 +205,20 @@ def test_last_batches(tmp_path: Path) -> None:
     assert len(trained_on(SubsetCallback(17, target_key="grade"), DataLoader(Dicts(labels), 8), tmp_path)) == 16
 
 
+@pytest.mark.parametrize("made_in_hook", [True, False])
+def test_batches_of_a_plain_batch_sampler_keep_their_size(made_in_hook: bool, tmp_path: Path) -> None:
+    def make(sampler: type[Sampler]) -> DataLoader:
+        data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 2)
+        return DataLoader(data, batch_sampler=BatchSampler(sampler(data), 3, True))
+
+    for sampler in (RandomSampler, SequentialSampler):
+        module, data, loader = Sees(), LoaderData(), make(sampler)
+        data.train_dataloader = (lambda kind=sampler: make(kind)) if made_in_hook else (lambda given=loader: given)
+        trainer = fit(SubsetCallback(10), folder=tmp_path, module=module, data=data, max_epochs=1)
+        assert [len(batch) for batch in module.trained] == [3, 3, 3]
+        assert trainer.train_dataloader.sampler.shuffle == (sampler is RandomSampler)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(range(8))
@@ -210,6 +235,12 @@ class Stream(IterableDataset):
             DataLoader(range(20), sampler=WeightedRandomSampler([1.0] * 20, 20)),
             "WeightedRandomSampler, which knows the whole dataset only.*ImbalancedSamplerCallback",
         ),
+        (
+            SubsetCallback(5),
+            DataLoader(range(20), batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * 20, 20), 4, False)),
+            "WeightedRandomSampler, which knows the whole dataset only",
+        ),
+        (SubsetCallback(5), DataLoader(range(20), batch_sampler=[[0, 1], [2, 3]]), "by list, which knows"),
         (SubsetCallback(5), DataLoader(TensorDataset(torch.zeros(20, 1), torch.rand(20, 3))), "3,\\) numbers"),
     ],
 )

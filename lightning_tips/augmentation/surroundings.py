@@ -157,6 +157,11 @@ def number_of_classes(module: Any, loader: Any, target_key: str | None = None) -
 
 
 def _counts(loader: Any, target_key: str | None) -> Any:
+    if isinstance(loader, Mapping | list | tuple):
+        raise MisconfigurationException(
+            f"There are {len(loader)} training loaders, and it is not known in which one to count the classes, as"
+            " only_classes wants. Train with one loader, or augment all classes."
+        )
     try:
         return class_counts(find_labels(getattr(loader, "dataset", loader), target_key))
     except (ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from lightning_tips.core.batch import inputs_of, replace_inputs, replace_targets, split_batch, targets_of
 from lightning_tips.core.confusion import as_classes, confusion_matrix, recalls
+from lightning_tips.core.dataset_labels import find_labels, stored_labels
 from lightning_tips.core.distributed import (
     agree,
     check_ranks_agree,
@@ -14,10 +15,16 @@ from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.fit_record import FitRecord
 from lightning_tips.core.fits import Fit, devices, loggers_of_fit, run_fits
-from lightning_tips.core.labels import as_labels, bin_targets, class_counts, find_labels, stored_labels
+from lightning_tips.core.labels import as_labels, bin_targets, class_counts
 from lightning_tips.core.lightning_private_scores import OldScores
 from lightning_tips.core.loader_tip import LoaderTip
-from lightning_tips.core.loaders import SeekableSampler, replace_train_loaders, resumable, split_train_loader
+from lightning_tips.core.loaders import (
+    SeekableSampler,
+    replace_train_loaders,
+    resumable,
+    sampler_of,
+    split_train_loader,
+)
 from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.logit_watcher import LogitWatcher
 from lightning_tips.core.messages import did_you_mean, say
@@ -104,6 +111,7 @@ __all__ = [
     "resumable",
     "run_fits",
     "same_random_numbers",
+    "sampler_of",
     "sampler_ranks",
     "say",
     "scale_again",

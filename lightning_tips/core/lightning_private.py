@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls, get_all_subclasses
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs, _update_dataloader
+from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
@@ -109,7 +109,7 @@ def restore_loader_classes() -> None:
 
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
     """A loader of the same class, with the same arguments, that draws from ``sampler``."""
-    return _update_dataloader(loader, sampler)
+    return _made_anew(loader, sampler, {})
 
 
 def with_dataset(
@@ -126,13 +126,23 @@ def with_dataset(
     Raises:
         MisconfigurationException: If the class of the loader makes its dataset, or its batches, itself.
     """
-    given, keywords = _get_dataloader_init_args_and_kwargs(loader, sampler)
-    names, arguments, keywords = tuple(getattr(loader, "__pl_saved_arg_names", ())), list(given), dict(keywords)
-    changed = {"dataset": dataset} if drop_last is None else {"dataset": dataset, "drop_last": drop_last}
-    for name, value in changed.items():
+    return _made_anew(loader, sampler, {"dataset": dataset} | ({} if drop_last is None else {"drop_last": drop_last}))
+
+
+def _made_anew(loader: DataLoader[Any], sampler: Sampler[Any], changed: dict[str, Any]) -> DataLoader[Any]:
+    given, found = _get_dataloader_init_args_and_kwargs(loader, sampler)
+    names, arguments, keywords = tuple(getattr(loader, "__pl_saved_arg_names", ())), list(given), dict(found)
+    parameters = inspect.signature(type(loader).__init__).parameters
+    batches = loader.batch_sampler
+    if loader.batch_size is None and type(batches) is BatchSampler:
+        # Lightning takes batch_sampler= away, and the size of the batches with it: they would be of one sample.
+        changed = {"batch_size": batches.batch_size, "drop_last": batches.drop_last} | changed
+    for name, value in (keywords | changed).items():
+        passed_on = name != "dataset" and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if name in names:
             arguments[names.index(name)] = value
-        elif name in keywords or name in inspect.signature(type(loader).__init__).parameters:
+            keywords.pop(name, None)
+        elif name in keywords or name in parameters or passed_on:
             keywords[name] = value
         else:
             raise MisconfigurationException(

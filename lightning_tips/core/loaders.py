@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_tips.core.lightning_private import change_train_loaders, epoch_of_samplers, is_epoch_finished
 
@@ -62,10 +62,8 @@ def replace_train_loaders(
                     f"A training loader of {type(loader).__name__} has no sampler to replace; return a"
                     " torch.utils.data.DataLoader from train_dataloader()."
                 )
-        combined.flattened = changed = change(combined.flattened)
-        for loader in changed:
-            if isinstance(loader, _Resumable):
-                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
+        combined.flattened = change(combined.flattened)
+        _place(trainer, combined)
         return combined
 
     return change_train_loaders(trainer, change_all, first)
@@ -93,12 +91,27 @@ def split_train_loader(
                 " member_data='shared'."
             )
         combined = CombinedLoader(split(found[0]), "max_size_cycle")
-        for loader in combined.flattened:
-            if isinstance(loader, _Resumable):
-                loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer))
+        _place(trainer, combined)
         return combined
 
     return change_train_loaders(trainer, change)
+
+
+def _place(trainer: pl.Trainer, combined: CombinedLoader) -> None:
+    """Tells loaders where the run is, before they get their state."""
+    alone = len(combined.flattened) == 1
+    for loader in combined.flattened:
+        if isinstance(loader, _Resumable):
+            loader.place(epoch_of_samplers(trainer), trainer.limit_train_batches, is_epoch_finished(trainer), alone)
+
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """What the batches of a loader are drawn from; that of a plain ``batch_sampler=BatchSampler(...)``, too.
+
+    Such a loader's own ``sampler`` is one that torch made and nobody uses.
+    """
+    batches = loader.batch_sampler
+    return batches.sampler if type(batches) is BatchSampler else loader.sampler
 
 
 def resumable(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -125,15 +138,17 @@ class _Resumable(DataLoader[Any]):
     _due_epoch = 0
     _limit: float = 1.0
     _finished = False
+    _alone = True
 
-    def place(self, epoch: int, limit: float, finished: bool = False) -> None:
+    def place(self, epoch: int, limit: float, finished: bool = False, alone: bool = True) -> None:
         """Tells the epoch that is due, the Trainer's ``limit_train_batches``, and whether a state is of an epoch's end.
 
-        Of several loaders all but one end an epoch somewhere in their middle, so they cannot know by themselves.
+        Of several loaders some end an epoch somewhere in their middle, and some are used up before it ends, so they
+        cannot know that by themselves.
 
         Workers begin to fetch before Lightning calls ``set_epoch`` on resume, so the epoch must be known now.
         """
-        self._due_epoch, self._limit, self._finished = epoch, limit, finished
+        self._due_epoch, self._limit, self._finished, self._alone = epoch, limit, finished, alone
         self._seekable.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -155,7 +170,7 @@ class _Resumable(DataLoader[Any]):
         length = min(len(self), self._limit) if isinstance(self._limit, int) else int(len(self) * self._limit)
         if epoch < self._due_epoch:
             epoch, batches = self._due_epoch, 0
-        elif self._finished or batches >= length:
+        elif self._finished or (self._alone and batches >= length):
             epoch, batches = epoch + 1, 0
         if batches and state.get("samples", self._samples_a_batch) != self._samples_a_batch:
             rank_zero_warn(

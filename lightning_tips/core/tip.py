@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import Self
 
+from lightning_tips.core.dataset_labels import forget_labels
 from lightning_tips.core.distributed import check_ranks_agree, debugging
 from lightning_tips.core.events import Event, EventValue
 from lightning_tips.core.lightning_private import count_epoch_start, member_prefix
@@ -157,6 +158,7 @@ class TipCallback(pl.Callback):
             return
         if not self._prepared:  # the first one to be called prepares all
             tips = arrange_tips(trainer)
+            forget_labels()  # the data may have changed since the last fit
             for tip in tips:
                 tip._stage, tip._prepared, tip._started_epoch = stage, True, -1
                 if trainer.global_step == 0:

@@ -28,6 +28,7 @@ from lightning_tips.core import (
     do_ranks_agree,
     find_labels,
     resumable,
+    sampler_of,
     sampler_ranks,
 )
 from lightning_tips.core.lightning_private import with_dataset
@@ -151,7 +152,7 @@ class PartCallback(LoaderTip):
                 f"The ranks have different training data, so {type(self).__name__} cannot choose the same part of it. A"
                 " split without a seed does that: give random_split a generator with one."
             )
-        given = loader.sampler
+        given = sampler_of(loader)
         shuffle = not isinstance(given, SequentialSampler) and bool(getattr(given, "shuffle", True))
         sampler = EpochSampler(len(indices), self.seed, shuffle, **sampler_ranks(trainer))
         part = Subset(dataset, indices.tolist())
@@ -168,11 +169,12 @@ class PartCallback(LoaderTip):
                 f"{type(self).__name__} cannot choose from {type(loader.dataset).__name__}: an IterableDataset decides"
                 " itself what comes. Use a dataset with __getitem__ and __len__, or limit_train_batches."
             )
-        plain = type(loader.sampler) in (RandomSampler, SequentialSampler, DistributedSampler, EpochSampler)
-        if plain and isinstance(loader.sampler, RandomSampler):
-            plain = not loader.sampler.replacement and loader.sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+        sampler = sampler_of(loader)
+        plain = type(sampler) in (RandomSampler, SequentialSampler, DistributedSampler, EpochSampler)
+        if plain and isinstance(sampler, RandomSampler):
+            plain = not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
         if not plain or (loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler):
-            kind = type(loader.sampler if not plain else loader.batch_sampler).__name__
+            kind = type(sampler if not plain else loader.batch_sampler).__name__
             raise MisconfigurationException(
                 f"A training loader chooses its samples by {kind}, which knows the whole dataset only, so"
                 f" {type(self).__name__} cannot give it a part. Give the DataLoader shuffle=True and batch_size=...; to"
@@ -238,9 +240,10 @@ def _drop_last(loader: DataLoader[Any], samples: int) -> bool | None:
         loader: That of the whole data.
         samples: Of an epoch of the part, on one rank.
     """
-    size = loader.batch_size
-    if size is None or size == 1:
+    batches = loader.batch_sampler
+    if not isinstance(batches, BatchSampler) or batches.batch_size == 1:
         return None
+    size = batches.batch_size
     if samples < size:
-        return False if loader.drop_last else None  # else there would be no batch at all
+        return False if batches.drop_last else None  # else there would be no batch at all
     return True if samples % size == 1 else None  # BatchNorm cannot train on a batch of one

@@ -139,13 +139,14 @@ class PseudoLabelCallback(MixingTip):
         self._metric = Monitor(monitor, f"{type(self).__name__} (its guard; max_drop=None leaves it out)")
         self._data: RelabelledDataset | None = None
         self._loader: DataLoader[Any] | None = None
+        self._size: int | None = None  # of the unlabelled set
         self._labelled_counts: Tensor | None = None
         self._true: Tensor | None = None  # labels of the unlabelled set, for `audit` alone
         self.reset()
 
     def describe(self) -> str:
         """For the table at fit start."""
-        size = f" of {len(self._data.unlabelled):,}" if self._data is not None else ""
+        size = "" if self._size is None else f" of {self._size:,}"
         guard = ""
         if self._guard is not None:
             by = f" by {self._guard.max_drop:g}" if self._guard.max_drop else ""
@@ -183,7 +184,7 @@ class PseudoLabelCallback(MixingTip):
         chosen = self._chosen
         return super().state_dict() | {
             "chosen": None if chosen is None else list(chosen),
-            "unlabelled": None if self._data is None else len(self._data.unlabelled),
+            "unlabelled": self._size,
             "rounds": [one.to_dict() for one in self._rounds],
             "last_epoch": self._last_epoch,
             "stopped": self._stopped,
@@ -214,7 +215,7 @@ class PseudoLabelCallback(MixingTip):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what cannot work, and stands between the training data and the Trainer."""
         super().prepare(trainer, pl_module)
-        self._data, self._loader, self._looked = None, None, -1
+        self._size, self._looked = None, -1
         if self._guard is not None and isinstance(self.reference, str | os.PathLike):
             try:
                 self._guard.follow(shared_curve(trainer, self.reference, self.monitor))
@@ -226,6 +227,11 @@ class PseudoLabelCallback(MixingTip):
                 " start_epoch to 1 or more, pass reference=, or leave the guard out with max_drop=None."
             )
         self._teacher.prepare(trainer, type(self).__name__)
+
+    def release(self) -> None:
+        """Lets go of the data, which may be large and can often not be pickled."""
+        super().release()
+        self._data = self._loader = None
 
     def mixture(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Any:
         """Labelled samples, and unlabelled ones with the label that their index brings."""
@@ -245,6 +251,7 @@ class PseudoLabelCallback(MixingTip):
                 self._true = torch.from_numpy(find_labels(unlabelled, self.target_key).astype("int64"))
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{name}: {error}") from error
+        self._size = len(unlabelled)
         return self._data
 
     def mixed(self, loader: DataLoader[Any]) -> None:

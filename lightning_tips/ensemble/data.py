@@ -15,7 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_tips.core import EpochSampler, class_counts, find_labels, resumable
+from lightning_tips.core import EpochSampler, class_counts, find_labels, resumable, sampler_of
 from lightning_tips.core.lightning_private import with_sampler
 
 __all__ = ["MemberData", "MemberSampler", "bootstrap", "majority_subset", "member_loaders"]
@@ -101,10 +101,9 @@ def member_loaders(
     """
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError("The samples of an IterableDataset cannot be chosen for each member.")
-    if type(loader.batch_sampler) is not BatchSampler or not isinstance(
-        loader.sampler, RandomSampler | SequentialSampler | DistributedSampler
-    ):
-        chosen = type(loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler).__name__
+    sampler, batched = sampler_of(loader), type(loader.batch_sampler) is BatchSampler
+    if not batched or not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+        chosen = type(sampler if batched else loader.batch_sampler).__name__
         raise ValueError(
             f"The training loader chooses its samples by {chosen}, which would be lost if each member had an order of"
             " its own. Leave the sampler out."
@@ -117,7 +116,13 @@ def member_loaders(
             indices = majority_subset(labels, seed, member, ratio)
         else:
             indices = bootstrap(samples, seed, member) if kind == "bootstrap" else np.arange(samples)
-        loaders[f"member_{member}"] = resumable(with_sampler(loader, MemberSampler(indices, seed, member)))
+        made = with_sampler(loader, MemberSampler(indices, seed, member))
+        if not len(made):
+            raise ValueError(
+                f"A member has {len(indices)} samples, less than a batch, and drop_last=True leaves nothing of them."
+                " Lower batch_size, or leave drop_last out."
+            )
+        loaders[f"member_{member}"] = resumable(made)
     return loaders
 
 

@@ -234,6 +234,11 @@ class EnsembleModule(EvaluatedModule):
                 "offload=True goes with validate, test and predict: in a fit the optimizers hold all members on the"
                 " device. Set ensemble.offload = True after it, or train the members apart."
             )
+        if stage == "fit" and self.member_data != "shared" and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"overfit_batches repeats the first batches for all members, which leaves member_data="
+                f"{self.member_data!r} nothing to choose. Leave out one of them, or use limit_train_batches."
+            )
         members: list[Any] = list(self.members)
         self._together = Together(self.trainer, self, members, self.member_callbacks, self.seed, stage, self._bring)
         if stage == "fit" and self.member_data != "shared":

@@ -55,8 +55,8 @@ def count_classes(trainer: pl.Trainer, target_key: str | None = None, read: bool
                 f"{type(dataset).__name__} is an IterableDataset: its labels are not known before they are read. Give"
                 " the weights as a list, for example class_weights([1000, 50])."
             )
-        if not read and stored_labels(dataset) is None:
-            raise ValueError(f"{type(dataset).__name__} does not keep its labels.")
+        if not read and stored_labels(dataset, target_key=target_key) is None:
+            raise ValueError(f"{type(dataset).__name__} does not keep the labels of its samples.")
         labels.append(find_labels(dataset, target_key))
     return ClassCounts.of(np.concatenate(labels) if len(labels) > 1 else labels[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning.pytorch as pl
@@ -142,7 +143,7 @@ class ImbalancedSamplerCallback(LoaderTip):
                 f" {loader.sampler.batch_size}: the minimum of each class would not hold. Use sampler.loader(dataset)."
             )
         if isinstance(loader.sampler, ImbalancedSampler):
-            return resumable(loader)
+            return resumable(copy.copy(loader))  # the user's own one comes out of the run as it went in
         if isinstance(loader.dataset, IterableDataset):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot choose from {type(loader.dataset).__name__}: an IterableDataset decides"

@@ -87,7 +87,8 @@ class NetworkFinder(TipCallback):
                 " Name the network that they are of, with module=..."
             )
         if isinstance(given, list) and given and all(isinstance(size, int) for size in given):
-            given = torch.rand(given, generator=torch.Generator("cpu").manual_seed(0), device="cpu")  # a shape, from yaml
+            # A yaml can give a shape only.
+            given = torch.rand(given, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         if given is not None:
             self._know(trainer, self.module or "", _as_inputs(given))
 
