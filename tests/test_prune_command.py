@@ -143,6 +143,15 @@ def test_a_smaller_checkpoint_with_exports_and_a_report(run, config: str, traine
             "has a FilterPruningCallback already, so --steps would say nothing",
         ),
         (["--ckpt_path={}", "--target.macs=0.001", "--steps=2"], "cannot be reached"),
+        (  # one alone, not in a list
+            [
+                "--ckpt_path={}",
+                "--trainer.callbacks={{class_path: EarlyStopping, init_args: {{monitor: val_loss}}}}",
+                "--target.macs=0.001",
+                "--steps=2",
+            ],
+            "cannot be reached",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_training(
