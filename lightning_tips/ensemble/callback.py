@@ -64,8 +64,8 @@ class EnsembleCallback(TipCallback):
         """A tip for the Trainer's one network or optimizer finds those of all members."""
         if isinstance(other, LogitWatcher) and not other.tolerant:
             return (
-                "it looks at what self(...) returns in validation, where an ensemble calls its members instead. Leave it"
-                " out: the ensemble logs what its vote is worth."
+                "it looks at what self(...) returns in validation, where an ensemble calls its members instead. Leave"
+                " it out: the ensemble logs what its vote is worth."
             )
         if isinstance(other, WeightAveraging):
             return (
