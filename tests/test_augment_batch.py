@@ -264,7 +264,10 @@ def test_normalised_images_in_their_own_range() -> None:
 def test_layouts_of_memory_and_empty_batches() -> None:
     images, seeds = photos(6), torch.arange(6)
     expected = augment_batch(images, "strong", seeds)
-    assert torch.equal(augment_batch(images.contiguous(memory_format=torch.channels_last), "strong", seeds), expected)
+    last = augment_batch(images.contiguous(memory_format=torch.channels_last), "strong", seeds)
+    assert torch.equal(last, expected)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert expected.is_contiguous()
     assert torch.equal(
         augment_batch(photos(12)[::2], "light", seeds), augment_batch(photos(12)[::2].clone(), "light", seeds)
     )

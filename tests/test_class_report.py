@@ -1,5 +1,6 @@
 """What the network does with each class, and its probabilities brought back."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,65 @@ def test_report_changes_nothing_of_the_training(tmp_path: Path) -> None:
     with_report = balanced(folder=tmp_path, module=torch.manual_seed(1) and Linear())
     without = fit(folder=tmp_path, data=Clouds(), module=torch.manual_seed(1) and Linear(), max_epochs=4)
     assert torch.equal(with_report.lightning_module.layer.weight, without.lightning_module.layer.weight)
+
+
+def test_what_is_logged_can_be_summed_up_on_any_device(tmp_path: Path, monkeypatch) -> None:
+    # A tensor would be on the CPU, for which a process group of GPUs has no backend; numbers go to the module's device.
+    logged: list[Any] = []
+    monkeypatch.setattr(Linear, "log", lambda self, name, value, **_: logged.append(value))
+    monkeypatch.setattr(Linear, "log_dict", lambda self, values, **_: logged.extend(values.values()))
+    balanced(folder=tmp_path, max_epochs=1)
+    assert [type(value) for value in logged] == [float] * 3
+
+
+class Diverged(Linear):
+    def forward(self, points: Tensor) -> Tensor:
+        logits = super().forward(points)
+        return logits if self.training or self.trainer.sanity_checking else logits / 0.0
+
+
+def test_logits_that_are_not_finite_are_told_of_and_the_run_goes_on(tmp_path: Path, recwarn) -> None:
+    trainer = balanced(ImbalancedSamplerCallback(), folder=tmp_path, module=Diverged(), max_epochs=2)
+    assert trainer.current_epoch == 2
+    told = [str(warning.message) for warning in recwarn if "cannot correct" in str(warning.message)]
+    assert len(told) == 1
+    assert "not finite" in told[0]
+    report = next(c for c in trainer.callbacks if isinstance(c, ClassReportCallback))
+    assert report.correction is None
+    with pytest.warns(UserWarning, match="no correction to apply"):
+        rare_probability(trainer)
+
+
+def test_a_class_that_was_never_predicted_has_a_dash(tmp_path: Path, capsys) -> None:
+    module = Linear()
+    module.layer.bias.data = torch.tensor([100.0, 0.0])
+    balanced(folder=tmp_path, module=module, max_epochs=1)
+    shown = capsys.readouterr().out
+    assert "nan" not in shown
+    assert " - " in shown
+
+
+def test_batches_without_targets_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    class Points(Clouds):
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader([{"points": p} for p in self.sets[1].tensors[0]], batch_size=100)
+
+    class Named(Linear):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch["points"])
+
+    with pytest.raises(MisconfigurationException, match=r"ClassReportCallback: Cannot tell .*target_key"):
+        balanced(folder=tmp_path, module=Named(), data=Points())
+
+
+def test_a_copy_made_during_validation_is_a_plain_module(tmp_path: Path) -> None:
+    class Copies(Linear):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            copied = copy.deepcopy(self)
+            assert torch.equal(copied(batch[0]), self.layer(batch[0]))
+            self.made = True
+
+    trainer = balanced(folder=tmp_path, module=Copies(), max_epochs=1)
+    assert trainer.lightning_module.made
+    assert "forward" not in vars(trainer.lightning_module)

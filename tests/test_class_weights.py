@@ -162,6 +162,24 @@ def test_given_weights_are_scaled_to_mean_one(weights, tmp_path) -> None:
     assert float((found * counts).sum() / counts.sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("missing", [4, 9])
+@pytest.mark.parametrize("weights", [[1.0] * 8 + [3.0, 2.0], {9: 2.0, 8: 3.0}])
+def test_given_weights_do_without_samples_of_a_class(weights, missing: int, tmp_path) -> None:
+    class Gap(RareData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.labels[self.labels == missing] = 5
+
+    tip, keep = ClassWeightCallback(weights), every_epoch(tmp_path / "kept")
+    fit(tip, keep, folder=tmp_path, module=seeded(WithCriterion), data=Gap(), max_epochs=1)
+    found = torch.tensor(tip.state_dict()["weights"])
+    assert (found / found[0]).tolist() == pytest.approx([1.0] * 8 + [3.0, 2.0])
+    counts = torch.bincount(Gap().train_dataloader().labels, minlength=10)
+    assert float((found * counts).sum() / counts.sum()) == pytest.approx(1.0)
+    assert tip.trained_prior is not None
+    assert float(tip.trained_prior[missing]) == 0.0
+
+
 def test_given_weights_do_without_labels(tmp_path) -> None:
     class Stream(IterableDataset):
         def __iter__(self):

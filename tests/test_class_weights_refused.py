@@ -30,7 +30,9 @@ def test_refusals_before_the_first_step(tmp_path) -> None:
     tip = ClassWeightCallback
     refuses("finds no loss in PlainModule.*functional=True", tmp_path, tip(), module=seeded(PlainModule))
     refuses("There are 3 weights, but .* 10 classes", tmp_path, tip([1.0, 2.0, 3.0]))
-    refuses("no class 12: the training data has classes 0 to 9", tmp_path, tip({12: 2.0}))
+    for start in (0, 5):
+        refuses("A loss sees 10 classes .*for 13", tmp_path, tip({12: 2.0}, start_epoch=start))
+    refuses("None of the classes", tmp_path, tip([0.0] * 10 + [1.0]))
     refuses("no names of classes", tmp_path, tip({"weapon": 2.0}))
     refuses("both would weight the same loss", tmp_path, tip(), tip(scheme="sqrt"))
     refuses("weight of its own", tmp_path, tip(), module=WithCriterion(nn.CrossEntropyLoss(weight=torch.ones(10))))

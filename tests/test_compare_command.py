@@ -109,6 +109,19 @@ def test_arms_of_an_ensemble_and_of_a_users_own_can_be_read_by_fit(tmp_path: Pat
         assert read["trainer"]["enable_progress_bar"] is False
 
 
+def test_a_callback_alone_in_the_yaml_is_a_list_of_one(tmp_path: Path, monkeypatch) -> None:
+    from lightning_tips.cli.compare import arms_asked_for
+    from lightning_tips.cli.run import ParseCLI
+
+    alone = {"class_path": "SubsetCallback", "init_args": {"size": 0.5}}
+    model = {"class_path": "ImageClassifier", "init_args": {"in_channels": 1}}
+    whole = {"trainer": {"callbacks": alone}, "model": model, "data": {"class_path": "DigitsDataModule"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    monkeypatch.setattr(sys, "argv", ["compare", "--config=run.yaml"])
+    arms = arms_asked_for(ParseCLI(run=False, save_config_callback=None), ["each"], tmp_path / "out")
+    assert [(arm.name, arm.tips) for arm in arms] == [("baseline", ()), ("Subset", ("Subset",))]
+
+
 def test_what_is_wrong_ends_the_command_before_any_training(command, tmp_path: Path) -> None:
     weights = WEIGHTS[:1]
     assert "no tip in the configuration" in command([], "--out=out")[0]

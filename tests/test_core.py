@@ -13,6 +13,7 @@ from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core import (
     ActsOn,
     Event,
+    ReplacedStep,
     TipCallback,
     TipMixin,
     did_you_mean,
@@ -255,3 +256,31 @@ def test_testing_another_checkpoint_does_not_rewind_a_tip(tmp_path: Path) -> Non
     trainer.validate(module, datamodule=PlainData(), ckpt_path=tmp_path / "kept" / "epoch-epoch=0.ckpt", verbose=False)
     assert switch.switched
     assert len(switch.events) == 1
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_steps_that_are_replaced_together_leave_nothing_behind_in_whatever_order(first: int) -> None:
+    class Strategy:
+        def training_step(self, word: str) -> str:
+            return word
+
+    strategy: Any = Strategy()
+    tips = [ReplacedStep(strategy, lambda step, word, own=own: own + step(word)) for own in "abc"]
+    assert strategy.training_step("!") == "cba!"
+    tips[first].remove()
+    assert strategy.training_step("!") == "cba!".replace("abc"[first], "")
+    for tip in tips:
+        tip.remove()
+    assert "training_step" not in vars(strategy)
+
+
+def test_a_step_that_somebody_else_replaces_stays_his() -> None:
+    strategy: Any = type("Strategy", (), {"training_step": lambda self, word: word})()
+    inner = ReplacedStep(strategy, lambda step, word: "a" + step(word))
+    below = strategy.training_step
+    strategy.training_step = lambda word: "theirs " + below(word)
+    outer = ReplacedStep(strategy, lambda step, word: "b" + step(word))
+    assert strategy.training_step("!") == "btheirs a!"
+    inner.remove()
+    outer.remove()
+    assert strategy.training_step("!") == "theirs !"

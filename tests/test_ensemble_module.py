@@ -211,3 +211,26 @@ def test_weights_are_refused_without_batches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no batches"):
         ensemble.fit_weights_with(trainer, datamodule=PlainData())
     assert not ensemble.is_fitted
+
+
+@pytest.mark.parametrize("weights", ["best", "fit", [1.0, 3.0]])
+def test_one_validation_sample_leaves_the_weights_as_they_are_and_says_so(weights: Any, tmp_path: Path) -> None:
+    ensemble = EnsembleModule(member=PlainModule, n=2, weights=weights)
+    before = ensemble.vote_weights.clone()
+    trainer, _ = build(folder=tmp_path, module=ensemble, fast_dev_run=True)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*digits()), 1)
+    with pytest.warns(UserWarning, match="no validation on two samples or more") as told:
+        trainer.fit(ensemble, PlainData().train_dataloader(), loader)
+    assert any("weigh the same" in str(warning.message) for warning in told) == isinstance(weights, str)
+    assert torch.equal(ensemble.vote_weights, before)
+    assert not ensemble.is_fitted
+    assert trainer.callback_metrics["val_loss"] > 0
+    with pytest.raises(ValueError, match="2 samples or more"):  # asked for, it is refused
+        EnsembleModule(member=PlainModule, n=2).fit_weights([(digits()[0][:1], digits()[1][:1])])
+
+
+def test_batches_without_targets_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    trainer, ensemble = build(folder=tmp_path, module=EnsembleModule(member=PlainModule, n=2))
+    loader = torch.utils.data.DataLoader([{"image": image} for image in digits()[0]], 8)
+    with pytest.raises(MisconfigurationException, match=r"EnsembleModule: Cannot tell .*target_key"):
+        trainer.validate(ensemble, loader)

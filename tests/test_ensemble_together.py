@@ -9,14 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_tips import BatchAugmentationCallback, EnsembleModule, OptimizerSwitchCallback, TransferLearningCallback
+from lightning_tips import (
+    BatchAugmentationCallback,
+    ClassReportCallback,
+    EnsembleModule,
+    OptimizerSwitchCallback,
+    TransferLearningCallback,
+)
 from lightning_tips.core import parameter_hash
 from lightning_tips.ensemble.members import build_members
 
@@ -312,6 +318,21 @@ def test_tips_for_one_network_are_refused(tip: Any, tmp_path: Path) -> None:
         fit(EnsembleModule(make([PlainModule, PlainModule])), tip, folder=tmp_path)
     with pytest.raises(MisconfigurationException, match="train the members apart"):
         fit(EnsembleModule(make([PlainModule, PlainModule]), member_callbacks=[tip]), folder=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_averages_of_weights_over_time_are_refused_as_the_vote_would_not_be_theirs(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="average the weights and the temperature of the vote"):
+        fit(EnsembleModule(make([PlainModule, PlainModule])), EMAWeightAveraging(), folder=tmp_path)
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging validates the averaged weights"):
+        fit(EnsembleModule(make([PlainModule] * 2), member_callbacks=[EMAWeightAveraging()]), folder=tmp_path)
+
+
+def test_a_class_report_beside_it_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    ensemble = EnsembleModule(make([PlainModule, PlainModule]))
+    with pytest.raises(MisconfigurationException, match="ensemble calls its members instead"):
+        fit(ensemble, ClassReportCallback(), folder=tmp_path, num_sanity_val_steps=0)
+    assert ensemble.trainer.global_step == 0
 
 
 def test_what_a_member_cannot_have_is_named(tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def test_time_and_sensitivity_with_an_optimizer_from_the_yaml(
             "has a FilterPruningCallback already, so --steps would say nothing",
         ),
         (["--ckpt_path={}", "--target.macs=0.001", "--steps=2"], "cannot be reached"),
+        (  # one alone, not in a list
+            [
+                "--ckpt_path={}",
+                "--trainer.callbacks={{class_path: EarlyStopping, init_args: {{monitor: val_loss}}}}",
+                "--target.macs=0.001",
+                "--steps=2",
+            ],
+            "cannot be reached",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_training(

@@ -243,3 +243,20 @@ def test_teacher_and_data_from_yaml(given: Any, kind: type) -> None:
     _, tip = row.make(teacher=given, unlabelled=data)
     assert isinstance(tip._teacher.given, kind)
     assert len(tip.unlabelled) == 5
+
+
+def test_batches_without_known_inputs_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    def named(samples: list[Any]) -> dict[str, Tensor]:
+        return {"scan": torch.stack([s[0] for s in samples]), "label": torch.stack([s[1] for s in samples])}
+
+    class Scans(LoaderData):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=named)
+
+    class Reads(PlainModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["scan"], batch["label"]), batch_idx)
+
+    tip = PseudoLabelCallback(max_drop=None)
+    with pytest.raises(MisconfigurationException, match=r"PseudoLabelCallback: Cannot tell .*input_key"):
+        fit(tip, folder=tmp_path, data=Scans(), module=Reads(), max_epochs=2)

@@ -63,8 +63,8 @@ def augment_batch(
         check: Whether to look for values out of the range, which on a GPU waits for it.
 
     Returns:
-        A new tensor of the same shape and dtype. Flips and shifts alone are exact to the bit; everything else is
-        computed in float32 and, for uint8, rounded to the nearest.
+        A new tensor of the same shape, dtype and memory format. Flips and shifts alone are exact to the bit; everything
+        else is computed in float32 and, for uint8, rounded to the nearest.
 
     Raises:
         ValueError: For images, seeds or a policy that it cannot work with.
@@ -80,7 +80,8 @@ def augment_batch(
     if not isinstance(seeds, Tensor) or seeds.shape != images.shape[:1] or seeds.is_floating_point():
         raise ValueError(f"seeds must be a tensor of {len(images)} integers, one for each image; got {_what(seeds)}.")
     numbers = uniforms(seeds.long(), len(steps), NUMBERS)
-    result = torch.empty_like(images, memory_format=torch.contiguous_format)
+    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    result = torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
     size = max(1, CHUNK_BYTES // (4 * max(1, images[:1].numel()))) if images.device.type == "cpu" else len(images)
     with torch.autocast(images.device.type, enabled=False):  # it would take the colours' matrices to half precision
         for start in range(0, len(images), max(1, size)):

@@ -37,6 +37,7 @@ from lightning_tips.compare import (
     score_of,
     summarize,
 )
+from lightning_tips.compare.arms import callbacks_in
 from lightning_tips.compare.statistics import Mode
 from lightning_tips.compare.wandb_run import log_to_wandb, wandb_arguments
 from lightning_tips.core import Fit, TipCallback, TipMixin, devices, run_fits
@@ -214,8 +215,7 @@ def _is_tip(class_path: str) -> bool:
 def arms_asked_for(cli: ParseCLI, asked: Sequence[str], out: Path) -> list[Arm]:
     """The arms that were asked for; the first is the reference, over which those of the user's own are laid."""
     whole = cli.plain(cli.config)
-    bars = [one["class_path"] for one in whole["trainer"]["callbacks"] or [] if _is_bar(one["class_path"])]
-    if not bars:
+    if not any(_is_bar(one["class_path"]) for one in callbacks_in(whole)):
         whole["trainer"]["enable_progress_bar"] = False  # nobody looks; a bar in a log file is long
     plans = [text for text in asked if text in ("each", "minus_one")]
     if len(plans) > 1:

@@ -96,7 +96,8 @@ class _PruneCLI(TipsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self._options()
         own = self._get(self.config_init, "trainer").get("callbacks") or []
-        tips = [c for c in (own if isinstance(own, list) else [own]) if isinstance(c, PruningCallback)]
+        own = own if isinstance(own, list) else [own]  # a yaml may say one alone
+        tips = [c for c in own if isinstance(c, PruningCallback)]
         if not tips:
             self._get(self.config_init, "trainer")["callbacks"] = [*own, self._callback()]
         elif given:

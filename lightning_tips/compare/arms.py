@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-__all__ = ["Arm", "Overlay", "Plan", "find_tips_in", "parse_overlay", "plan_arms"]
+__all__ = ["Arm", "Overlay", "Plan", "callbacks_in", "find_tips_in", "parse_overlay", "plan_arms"]
 
 Plan = Literal["each", "minus_one"]
 BASELINE, ALL = "baseline", "all"
@@ -113,7 +113,8 @@ def plan_arms(
     return [Arm(name, _only(config, tips, kept), tuple(kept), change) for name, kept, change in wanted]
 
 
-def _callbacks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def callbacks_in(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a configuration has under ``trainer.callbacks``, which may also be one alone, or a name."""
     given = (config.get("trainer") or {}).get("callbacks") or []
     given = given if isinstance(given, list) else [given]
     return [{"class_path": one} if isinstance(one, str) else one for one in given]
@@ -126,7 +127,7 @@ def _tips(config: Mapping[str, Any], is_tip: Callable[[str], bool], wrappers: Ma
         inner = (model.get("init_args") or {}).get(key)
         if isinstance(inner, Mapping) and "class_path" in inner:
             found.append(_Tip(_short(model["class_path"]), None, dict(inner)))
-    for index, callback in enumerate(_callbacks(config)):
+    for index, callback in enumerate(callbacks_in(config)):
         if is_tip(callback["class_path"]):
             found.append(_Tip(_short(callback["class_path"]), index))
     for number, tip in enumerate(found):  # two of one class
@@ -144,7 +145,7 @@ def _only(config: Mapping[str, Any], tips: Sequence[_Tip], kept: Sequence[str]) 
     left = copy.deepcopy(dict(config))
     gone = {tip.index for tip in tips if tip.name not in kept and tip.index is not None}
     left["trainer"] = dict(left.get("trainer") or {})
-    left["trainer"]["callbacks"] = [one for index, one in enumerate(_callbacks(left)) if index not in gone]
+    left["trainer"]["callbacks"] = [one for index, one in enumerate(callbacks_in(left)) if index not in gone]
     for tip in tips:
         if tip.index is None and tip.name not in kept:
             left["model"] = copy.deepcopy(tip.inner)

@@ -9,6 +9,7 @@ from lightning_tips.core.distributed import (
     do_ranks_agree,
     gather_rows,
     parameter_hash,
+    raise_together,
     sampler_ranks,
 )
 from lightning_tips.core.epoch_sampler import EpochSampler, OrderedSampler
@@ -97,6 +98,7 @@ __all__ = [
     "next_indices",
     "note_full_rates",
     "parameter_hash",
+    "raise_together",
     "rebuild_optimizer",
     "recalls",
     "record_indices",

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -48,6 +49,28 @@ def do_ranks_agree(trainer: pl.Trainer, mine: str) -> bool:
         return True
     differs = torch.tensor(float(mine != agree(trainer, mine)), device=trainer.strategy.root_device)
     return not float(trainer.strategy.reduce(differs, reduce_op="sum"))
+
+
+def raise_together(trainer: pl.Trainer, error: Exception | None) -> None:
+    """Raises on every rank if any of them has an error; all of them must call.
+
+    A rank that raised alone would leave the others waiting for it at the next thing that they do together.
+
+    Args:
+        trainer: The trainer of the running fit.
+        error: This rank's, which it raises itself.
+
+    Raises:
+        MisconfigurationException: On a rank that has no error, where another one has.
+    """
+    failed = 0
+    if trainer.world_size > 1:
+        mine = torch.tensor(float(error is not None), device=trainer.strategy.root_device)
+        failed = int(trainer.strategy.reduce(mine, reduce_op="sum"))
+    if error is not None:
+        raise error
+    if failed:
+        raise MisconfigurationException(f"{failed} of {trainer.world_size} ranks cannot go on; they say why.")
 
 
 def gather_rows(trainer: pl.Trainer, mine: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_tips.core.moments import Outputs
@@ -52,9 +53,17 @@ class LogitWatcher(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps logits and targets."""
-        if dataloader_idx == 0:
+        """Keeps logits and targets.
+
+        Raises:
+            MisconfigurationException: If the batch does not tell where its targets are.
+        """
+        if dataloader_idx > 0:
+            return
+        try:
             self._outputs.keep(batch, self.target_key)
+        except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
+            raise MisconfigurationException(f"{type(self).__name__}: {error.args[0]}") from error
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives them to :meth:`watched`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ class _ChangedForward:
         self.name = type(module).__name__
         # Those that come last are marked, and those that put up with an output that is no tensor.
         self.changes: list[tuple[bool, bool, Callable[[Tensor], Tensor]]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the module, made meanwhile, has outputs that nobody changes or looks at."""
+        return self.__dict__ | {"changes": []}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         output = self.forward(*args, **kwargs)
@@ -73,11 +78,26 @@ def changed_outputs(
                 module.forward = changed.before
 
 
+class _ChangedStep:
+    """Stands in the place of a strategy's ``training_step`` while anybody has replaced it."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.before = vars(strategy).get("training_step")
+        self.step = strategy.training_step
+        self.around: list[ReplacedStep] = []  # the outermost comes last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step: Callable[..., Any] = self.step
+        for replaced in self.around:
+            step = partial(replaced.around, step)
+        return step(*args, **kwargs)
+
+
 class ReplacedStep:
     """Stands in the place of ``strategy.training_step`` until it is removed.
 
     Every training step of Lightning goes through there, with automatic and with manual optimization, and nothing else
-    does; and the user's module need not be touched.
+    does; and the user's module need not be touched. Several may stand there, and be removed in any order.
 
     Args:
         strategy: Its step is replaced on the instance.
@@ -85,25 +105,23 @@ class ReplacedStep:
     """
 
     def __init__(self, strategy: Strategy, around: Callable[..., Any]) -> None:
+        self.around = around
         self._strategy = strategy
-        self._around: Callable[..., Any] | None = around
-        self._step = strategy.training_step
-        self._before = vars(strategy).get("training_step")
-        strategy.training_step = self  # type: ignore[method-assign]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One training step."""
-        return self._step(*args, **kwargs) if self._around is None else self._around(self._step, *args, **kwargs)
+        there = vars(strategy).get("training_step")
+        self._changed = there if isinstance(there, _ChangedStep) else _ChangedStep(strategy)
+        self._changed.around.append(self)
+        strategy.training_step = self._changed  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Puts the step back. If somebody has replaced it once more, this one lets all calls through instead."""
-        self._around = None
-        if vars(self._strategy).get("training_step") is not self:
+        """Puts the step back. If somebody else has replaced it since, calls go through without this one."""
+        if self in self._changed.around:
+            self._changed.around.remove(self)
+        if self._changed.around or vars(self._strategy).get("training_step") is not self._changed:
             return
-        if self._before is None:
+        if self._changed.before is None:
             del self._strategy.training_step
         else:
-            self._strategy.training_step = self._before
+            self._strategy.training_step = self._changed.before  # type: ignore[method-assign]
 
 
 class Outputs:
@@ -136,9 +154,20 @@ class Outputs:
         return logits
 
     def keep(self, batch: Any, target_key: str | None = None) -> None:
-        """Keeps the output of this batch with its targets, if it is watched."""
+        """Keeps the output of this batch with its targets, if it is watched.
+
+        Raises:
+            KeyError: See :func:`~lightning_tips.core.targets_of`.
+            TypeError: Likewise; or if the targets are no tensor.
+        """
         if self._logits is not None:
-            self._seen.append((self._logits.cpu(), targets_of(batch, target_key).cpu()))
+            targets = targets_of(batch, target_key)
+            if not isinstance(targets, Tensor):
+                raise TypeError(
+                    f"The targets of a batch are a {type(targets).__name__}, where a tensor was expected. Say with"
+                    " target_key where they are."
+                )
+            self._seen.append((self._logits.cpu(), targets.cpu()))
         self._logits = None
 
     def close(self) -> tuple[Tensor, Tensor] | None:

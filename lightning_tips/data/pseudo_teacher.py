@@ -72,7 +72,7 @@ def teacher_probabilities(
             rows = []
             with trainer.precision_plugin.forward_context():
                 for batch in loader:
-                    inputs = inputs_of(batch_on_device(trainer, batch), input_key)
+                    inputs = _inputs_of(batch_on_device(trainer, batch), input_key)
                     rows.append(as_probabilities(model(inputs), outputs))
             found = torch.cat(rows)
         total = found if total is None else total + found
@@ -84,6 +84,13 @@ def teacher_probabilities(
         gathered[:, rank] = total
         total = trainer.strategy.reduce(gathered, reduce_op="sum").reshape(-1, total.shape[1])[:size]
     return total.cpu()
+
+
+def _inputs_of(batch: Any, input_key: str | None) -> Any:
+    try:
+        return inputs_of(batch, input_key)
+    except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
+        raise MisconfigurationException(f"PseudoLabelCallback: {error.args[0]}") from error
 
 
 # ---- who it is

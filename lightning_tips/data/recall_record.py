@@ -58,8 +58,8 @@ class ClassRecallRecord(LogitWatcher):
         """Keeps logits and targets, where there are some."""
         try:
             super().on_validation_batch_end(*args, **kwargs)
-        except (KeyError, TypeError, AttributeError) as error:
-            self._problem = f"no targets were found in the validation batches: {error.args[0] if error.args else error}"
+        except MisconfigurationException as error:
+            self._problem = f"no targets were found in the validation batches: {error}"
             self._outputs.close()
 
     def watched(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: tuple[Tensor, Tensor] | None) -> None:

@@ -6,9 +6,18 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_tips.core import ActsOn, TipCallback, find_tips, leaves_files, log_picture, report_folder
+from lightning_tips.core import (
+    ActsOn,
+    LogitWatcher,
+    TipCallback,
+    find_tips,
+    leaves_files,
+    log_picture,
+    report_folder,
+)
 from lightning_tips.ensemble.data import MemberSampler
 from lightning_tips.ensemble.plots import plot_weights
 
@@ -53,6 +62,17 @@ class EnsembleCallback(TipCallback):
 
     def conflict_with(self, other: object) -> str | None:
         """A tip for the Trainer's one network or optimizer finds those of all members."""
+        if isinstance(other, LogitWatcher) and not other.tolerant:
+            return (
+                "it looks at what self(...) returns in validation, where an ensemble calls its members instead. Leave"
+                " it out: the ensemble logs what its vote is worth."
+            )
+        if isinstance(other, WeightAveraging):
+            return (
+                "it would average the weights and the temperature of the vote over time, which are fitted anew in each"
+                " validation and belong to the members of that moment. Train the members apart with it"
+                " (lightning-tips ensemble), and join them with EnsembleModule.from_checkpoints."
+            )
         if isinstance(other, TipCallback) and other is not self and other.acts_on < ActsOn.LOSS:
             return (
                 "it changes one network or its optimizer, and an ensemble has several. Train the members apart with it"
@@ -88,9 +108,10 @@ class EnsembleCallback(TipCallback):
         ensemble = self._ensemble
         if not ensemble.is_fitted:
             if ensemble.voting != "soft" and ensemble.weights != "uniform":
+                same = "all members of the ensemble weigh the same and " if isinstance(ensemble.weights, str) else ""
                 rank_zero_warn(
-                    "There was no validation, so all members of the ensemble weigh the same and there is no"
-                    " temperature. Give the run validation data, or call fit_weights(dataloader) afterwards."
+                    f"There was no validation on two samples or more, so {same}there is no temperature. Give the run"
+                    " validation data, or call fit_weights(dataloader) afterwards."
                 )
             return
         weights = ensemble.vote_weights.tolist()

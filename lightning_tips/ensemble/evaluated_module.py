@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
@@ -44,7 +45,10 @@ class EvaluatedModule(VotingModule):
 
     def _evaluate(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int, loaders: Sequence[Any]) -> None:
         running = self._running
-        targets = targets_of(batch, self.target_key)
+        try:
+            targets = targets_of(batch, self.target_key)
+        except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
+            raise MisconfigurationException(f"{type(self).__name__}: {error.args[0]}") from error
         members: list[Tensor] = []
         for index, member in enumerate(self.members):
             self._bring(index)
@@ -66,7 +70,9 @@ class EvaluatedModule(VotingModule):
         seen = self._gather_seen(self.trainer.val_dataloaders)
         if seen is None:
             return
-        if (self._refit or self.trainer.state.fn == "fit") and not self.trainer.sanity_checking:
+        # On one sample (as in fast_dev_run) there is nothing to fit; the callback says so at the end of training.
+        fits = self._refit or (self.trainer.state.fn == "fit" and len(seen[1]) > 1)
+        if fits and not self.trainer.sanity_checking:
             fitted = agree(self.trainer, self._fit_vote(*seen, self._refit) if self.trainer.is_global_zero else None)
             assert fitted is not None
             self._take_up(fitted)

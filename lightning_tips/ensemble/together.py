@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -108,6 +109,12 @@ class Together:
                 raise MisconfigurationException(
                     f"{type(callback).__name__} changes the network or the optimizer, which a member inside an ensemble"
                     " cannot have changed: train the members apart, and join them with"
+                    " EnsembleModule.from_checkpoints."
+                )
+            if isinstance(callback, WeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} validates the averaged weights, to which the vote would be fitted, but"
+                    " the ensemble's checkpoints would hold the others: train the members apart, and join them with"
                     " EnsembleModule.from_checkpoints."
                 )
         for callback in callbacks[len(callbacks) - len(shared) :]:

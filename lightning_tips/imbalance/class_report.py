@@ -19,6 +19,7 @@ from lightning_tips.core import (
     gather_rows,
     leaves_files,
     log_picture,
+    raise_together,
     recalls,
     render_table,
     report_folder,
@@ -58,8 +59,9 @@ class ClassReportCallback(LogitWatcher):
     """Shows what the network does with each class, and corrects its probabilities where they are used.
 
     Works for every module whose ``forward`` returns logits and whose ``validation_step`` calls it: they are looked at
-    as they pass. Each validation logs ``classes/balanced_accuracy`` and ``classes/recall_<class>``, which can be
-    monitored; the end of fit leaves a table and the confusion matrix.
+    as they pass. Each validation of a fit logs ``classes/balanced_accuracy`` and ``classes/recall_<class>``, which can
+    be monitored; the end of fit leaves a table and the confusion matrix. ``trainer.validate`` and ``trainer.test`` are
+    left alone.
 
     Where a tip beside it balances the classes, it also fits how to bring the probabilities back to the share that the
     classes have in the training data: a shift of the logits (Saerens et al. 2002) with one fitted strength, and with
@@ -100,6 +102,8 @@ class ClassReportCallback(LogitWatcher):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts afresh with a new run."""
         self._true = None
+        if stage == "fit":
+            self._warned = False
         if stage == "fit" and trainer.global_step == 0:
             self.correction, self.confusion, self._table = None, None, ""
 
@@ -117,14 +121,10 @@ class ClassReportCallback(LogitWatcher):
 
     def watched(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: tuple[Tensor, Tensor] | None) -> None:
         """Counts, fits and logs."""
-        if seen is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} saw no logits in validation: validation_step of {type(pl_module).__name__} does"
-                " not call self(...). Let it, or leave the callback out."
-            )
+        raise_together(trainer, self._problem(trainer, pl_module, seen))
         if trainer.sanity_checking:
-            as_classes(seen[0], seen[1], asker=type(self).__name__)
             return
+        assert seen is not None
         logits, targets = as_classes(
             gather_rows(trainer, seen[0]), gather_rows(trainer, seen[1]), asker=type(self).__name__
         )
@@ -133,12 +133,30 @@ class ClassReportCallback(LogitWatcher):
         names = class_names(trainer)
         self._names = [names[c] if c < len(names) else str(c) for c in range(len(confusion))]
         recall = recalls(confusion)
-        pl_module.log("classes/balanced_accuracy", recall[~recall.isnan()].mean(), sync_dist=True)
+        # Numbers, not tensors: these are on the CPU, where the process group of GPUs cannot add them up.
+        pl_module.log("classes/balanced_accuracy", float(recall[~recall.isnan()].mean()), sync_dist=True)
         if len(recall) <= MOST_CLASSES:
-            known = {f"classes/recall_{self._names[c]}": r for c, r in enumerate(recall) if not r.isnan()}
+            known = {f"classes/recall_{self._names[c]}": float(r) for c, r in enumerate(recall) if not r.isnan()}
             pl_module.log_dict(known, sync_dist=True)
         self._fit_correction(trainer, logits, targets)
         self._table = self._make_table(logits, targets)
+
+    def _problem(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: tuple[Tensor, Tensor] | None
+    ) -> MisconfigurationException | None:
+        """What is wrong with what this rank saw, if anything is."""
+        if seen is None:
+            ranks = f" on rank {trainer.global_rank}, and every rank needs some" if trainer.world_size > 1 else ""
+            return MisconfigurationException(
+                f"{type(self).__name__} saw no logits in validation{ranks}. Either there was no batch, or"
+                f" validation_step of {type(pl_module).__name__} does not call self(...). Let it, or leave the callback"
+                " out."
+            )
+        try:
+            as_classes(*seen, asker=type(self).__name__)
+        except MisconfigurationException as error:
+            return error
+        return None
 
     def _fit_correction(self, trainer: pl.Trainer, logits: Tensor, targets: Tensor) -> None:
         trained = [t for tip in find_tips(trainer) if (t := getattr(tip, "trained_prior", None)) is not None]
@@ -155,21 +173,30 @@ class ClassReportCallback(LogitWatcher):
             prior *= one.double() / true
         prior /= prior.sum()
         if len(true) != logits.shape[1] or not bool((prior * true > 0).all()):
-            if not self._warned:
-                rank_zero_warn(
-                    f"{type(self).__name__} cannot correct the probabilities: of {logits.shape[1]} outputs some are of"
-                    " classes that are not in the training data, or that are drawn or weighted with 0."
-                )
-            self._warned = True
-            self.correction = None
+            self._give_up(
+                f"of {logits.shape[1]} outputs some are of classes that are not in the training data, or that are drawn"
+                " or weighted with 0."
+            )
             return
         if not len(targets):
             return
-        fitted = fit_prior_correction(logits, targets, prior, true, "shift")
-        self.correction = Correction(prior.tolist(), true.tolist(), fitted.strength)
-        if len(true) == 2 and len(targets.unique()) == 2:
-            corrected = self.correction(logits).softmax(1)[:, 1]
-            self.correction.threshold = best_threshold(corrected, targets).value
+        correction = Correction(prior.tolist(), true.tolist())
+        try:
+            correction.strength = fit_prior_correction(logits, targets, prior, true, "shift").strength
+            if len(true) == 2 and len(targets.unique()) == 2:
+                corrected = correction(logits).softmax(1)[:, 1]
+                correction.threshold = best_threshold(corrected, targets).value
+        except ValueError as error:
+            self._give_up(f"{error} If training has diverged, lower the learning rate or clip gradients.")
+            return
+        self.correction = correction
+
+    def _give_up(self, why: str) -> None:
+        """Goes on without a correction, and says why, once a run."""
+        if not self._warned:
+            rank_zero_warn(f"{type(self).__name__} cannot correct the probabilities: {why}")
+        self._warned = True
+        self.correction = None
 
     # ---- what the user sees
 
@@ -184,7 +211,7 @@ class ClassReportCallback(LogitWatcher):
             columns += ["corrected", "prevalence"]
         rows = []
         for c in range(len(recall)):
-            row = [self._names[c], f"{int(self.confusion[c].sum()):,}", f"{recall[c]:.1%}", f"{precision[c]:.1%}"]
+            row = [self._names[c], f"{int(self.confusion[c].sum()):,}", _share(recall[c]), _share(precision[c])]
             row.append(f"{raw[c]:.2%}")
             if corrected is not None and self.correction is not None:
                 row += [f"{corrected[c]:.2%}", f"{self.correction.true_prior[c]:.2%}"]
@@ -236,3 +263,8 @@ class ClassReportCallback(LogitWatcher):
                 " not correct its predictions. Let it, or call the callback's `correction` on the logits."
             )
         self._outputs.close()
+
+
+def _share(value: Tensor) -> str:
+    """A dash for a class that has no samples, or was never predicted."""
+    return "-" if bool(value.isnan()) else f"{value:.1%}"

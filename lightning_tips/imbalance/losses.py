@@ -127,6 +127,7 @@ class LossCorrection:
         self.class_offsets = class_offsets
         self.label_offsets = label_offsets
         self.calls = 0  # of the losses below
+        self.expected = 0  # classes that they must see, where there are no numbers yet to tell
         self.at_work = False  # inside a loss that calls torch's functions itself, which are not to be corrected again
 
     @classmethod
@@ -168,6 +169,8 @@ class LossCorrection:
             return cls(given.float(), pairs.float())
         if len(given) != len(counts):
             raise ValueError(f"There are {len(given)} weights, but the training data has {len(counts)} classes.")
+        if not (given * counts.cpu()).any():
+            raise ValueError(f"None of the classes with a weight above 0 has samples; got {given.tolist()}.")
         sides = _absence_and_presence(counts, total)  # a class without samples is no harm here
         scaled = [scale_to_mean_one(pair, side) for pair, side in zip(pairs, sides, strict=True)]
         return cls(None if total is not None else scale_to_mean_one(given, counts), torch.stack(scaled))
@@ -190,6 +193,7 @@ class LossCorrection:
         """In the place of ``F.cross_entropy``."""
         self.calls += 1
         refuse_soft_targets(logits, targets)
+        self._check_expected(logits)
         logits = self._adjusted(logits)
         if self.classes is None and self.labels is None:
             return F.cross_entropy(
@@ -202,6 +206,7 @@ class LossCorrection:
     ) -> Tensor:
         """In the place of ``F.nll_loss``."""
         self.calls += 1
+        self._check_expected(log_probabilities)
         if self.class_offsets is not None or self.label_offsets is not None:
             # Log-probabilities are logits too; with the offsets they have to be normalised again.
             adjusted = self._adjusted(log_probabilities)
@@ -215,6 +220,8 @@ class LossCorrection:
     ) -> Tensor:
         """In the place of ``F.binary_cross_entropy_with_logits``."""
         self.calls += 1
+        if self.expected != 2:  # two classes may have one output
+            self._check_expected(logits)
         weights, offsets = self.labels, self.label_offsets
         if self._is_binary(logits):
             weights = self.classes
@@ -240,6 +247,10 @@ class LossCorrection:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device))
         return self
+
+    def _check_expected(self, logits: Tensor) -> None:
+        if self.expected:
+            _check_classes(logits, self.expected)
 
     def _is_binary(self, logits: Tensor) -> bool:
         single = self.classes if self.classes is not None else self.class_offsets

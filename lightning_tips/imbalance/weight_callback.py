@@ -11,13 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips.core import ActsOn, Outputs, ReplacedStep, TipCallback, agree, did_you_mean
+from lightning_tips.core import ActsOn, Outputs, ReplacedStep, TipCallback, agree, did_you_mean, raise_together
 from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class_names, count_classes
 from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
 from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import LossCorrection
 from lightning_tips.imbalance.plots import show_balance
-from lightning_tips.imbalance.prior import weighted_prior
 from lightning_tips.imbalance.weights import Scheme, class_weights, dict_to_list
 
 
@@ -186,7 +185,8 @@ class ClassWeightCallback(TipCallback):
             balanced = counts ** (1.0 - self.tau)
             return (balanced / balanced.sum()).float()
         weights = self._correction.classes
-        return weighted_prior(counts, torch.ones_like(counts) if weights is None else weights)
+        mass = counts if weights is None else counts * weights.double().cpu()  # with given weights some may be 0
+        return (mass / mass.sum()).float()
 
     # ---- before the first step
 
@@ -246,14 +246,16 @@ class ClassWeightCallback(TipCallback):
     def _prepare_numbers(self, trainer: pl.Trainer) -> None:
         # For weights that are given, the counts only set the scale: not worth reading all samples for.
         needed = self.weights == "auto" or self.tau is not None
+        counts, problem = None, None
         try:
             counts = count_classes(trainer, self.target_key, read=needed)
-            self._counts = ClassCounts(*agree(trainer, (counts.counts, counts.total)))
-        except (ValueError, TypeError):
-            if needed:
-                raise
-            self._counts = None  # given weights do without
-        known = self._counts
+        except (ValueError, TypeError) as error:
+            problem = error
+        if needed:
+            raise_together(trainer, problem)
+        # Rank 0's on all ranks, also where only it found none: given weights do without.
+        found = agree(trainer, None if counts is None else (counts.counts, counts.total))
+        known = self._counts = None if found is None else ClassCounts(*found)
         if self.tau is not None:
             assert known is not None
             self._correction = LossCorrection.adjustment(known.counts, known.total, self.tau)
@@ -263,22 +265,28 @@ class ClassWeightCallback(TipCallback):
         else:
             assert self.weights is not None
             names = class_names(trainer)
-            number = max(len(known.counts) if known else 0, len(names))
             given = self.weights
-            values = dict_to_list(given, number, names) if isinstance(given, Mapping) else given
+            classes = len(known.counts) if known else 0
+            values = dict_to_list(given, classes, names) if isinstance(given, Mapping) else given
             if names and len(values) != len(names):
                 raise ValueError(f"There are {len(values)} weights, but {len(names)} classes: {', '.join(names)}.")
-            counted = None if known is None else torch.cat([known.counts, known.counts.new_zeros(number)])[:number]
-            self._correction = LossCorrection.from_weights(values, counted, known.total if known else None)
+            if known is not None and (missing := len(values) - len(known.counts)) > 0:
+                # The last classes may be missing from the data like any others. The loss knows how many there are.
+                padded = torch.cat([known.counts, known.counts.new_zeros(missing)])
+                known = self._counts = ClassCounts(padded, known.total)
+            counts_of = (None, None) if known is None else (known.counts, known.total)
+            self._correction = LossCorrection.from_weights(values, *counts_of)
 
     def _weighted_step(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
         untried = True
+        waiting = LossCorrection()
+        waiting.expected = self._correction.size
 
         def training_step(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal untried
             if not (self._started or untried):
                 return step(*args, **kwargs)
-            correction = self._correction if self._started else LossCorrection()
+            correction = self._correction if self._started else waiting
             with corrected_losses(self._found, correction, self.functional):
                 output = step(*args, **kwargs)
             if untried and not correction.calls:
@@ -350,11 +358,17 @@ class ClassWeightCallback(TipCallback):
         self._outputs.close()
 
     def _balance_outputs(self, pl_module: pl.LightningModule) -> None:
+        if self._counts is None and self._stage != "fit":
+            rank_zero_warn(
+                f"{type(self).__name__} knows no class counts to change the outputs by: fit first, or pass the"
+                " ckpt_path of a run that had it. Outputs stay as they are."
+            )
+            return
         offsets = logit_adjustment(self._known_counts(), self.tau or 1.0)
         self._outputs.change(pl_module, lambda logits: adjust_logits(logits, offsets))
 
     def _check_used(self, pl_module: pl.LightningModule) -> None:
-        if self.adjust == "outputs" and not self._outputs.calls:
+        if self.adjust == "outputs" and self._counts is not None and not self._outputs.calls:
             rank_zero_warn(
                 f"{type(pl_module).__name__} does not call self(...) there, so {type(self).__name__} could not adjust"
                 " its outputs. Let it, or use adjust='loss'."

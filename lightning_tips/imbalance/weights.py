@@ -98,7 +98,8 @@ def dict_to_list(weights: Mapping[int | str, float], number: int, names: Sequenc
 
     Args:
         weights: By index, by the digits of an index (as json writes keys), or by name.
-        number: Of classes; 0 if it is not known, then up to the highest index.
+        number: Of classes in the training data, 0 if it is not known. Without names there may be more of them, which
+            have no samples: up to the highest index.
         names: Of the classes, if they have any.
 
     Raises:
@@ -116,7 +117,8 @@ def dict_to_list(weights: Mapping[int | str, float], number: int, names: Sequenc
                 if names
                 else f"The training data has no names of classes (`classes`), so {key!r} is unknown. Use indices."
             )
-        if index < 0 or (number and index >= number):
-            raise ValueError(f"There is no class {index}: the training data has classes 0 to {number - 1}.")
+        if index < 0 or (names and index >= len(names)):
+            last = (len(names) or number) - 1
+            raise ValueError(f"There is no class {index}: the training data has classes 0 to {last}.")
         by_index[index] = float(weight)
-    return [by_index.get(index, 1.0) for index in range(number or max(by_index, default=-1) + 1)]
+    return [by_index.get(index, 1.0) for index in range(max(number, len(names), *(index + 1 for index in by_index)))]
