@@ -69,4 +69,4 @@ def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:
     ]
     assert "back to the last good network" in first["block back"]["events"][0][-1]
     assert "cannot be reached" in first["fails"]["error"]
-    assert "communicates with other ranks (all_reduce)" in first["communicates"]["error"]
+    assert "communicates with the other ranks (all_reduce)" in first["communicates"]["error"]

@@ -33,6 +33,7 @@ from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
 from lightning_tips.core.monitor import Monitor
 from lightning_tips.core.optimizers import WeightDecay, group_rates, install, rebuild_optimizer
+from lightning_tips.core.rank_zero import on_rank_zero
 from lightning_tips.core.report import RunReportCallback
 from lightning_tips.core.resize import Kept, RemovedBlock, accept_other_shapes, keep_indices, resize_to
 from lightning_tips.core.sample_indices import next_indices, record_indices, record_train_indices, unknown_indices
@@ -97,6 +98,7 @@ __all__ = [
     "move_schedulers",
     "next_indices",
     "note_full_rates",
+    "on_rank_zero",
     "parameter_hash",
     "raise_together",
     "rebuild_optimizer",

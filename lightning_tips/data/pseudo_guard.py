@@ -13,7 +13,7 @@ from typing import Any, Literal, SupportsFloat
 
 import lightning.pytorch as pl
 
-from lightning_tips.core import agree, did_you_mean
+from lightning_tips.core import did_you_mean, on_rank_zero
 
 __all__ = ["SupervisedGuard", "read_curve", "shared_curve"]
 
@@ -54,17 +54,7 @@ def shared_curve(trainer: pl.Trainer, path: str | os.PathLike[str], metric: str)
     Raises:
         ValueError: On every rank, as :func:`read_curve` does.
     """
-    curve: list[tuple[int, float]] = []
-    problem = ""
-    if trainer.is_global_zero:
-        try:
-            curve = read_curve(path, metric)
-        except ValueError as error:
-            problem = str(error)
-    curve, problem = agree(trainer, (curve, problem))
-    if problem:
-        raise ValueError(problem)
-    return curve
+    return on_rank_zero(trainer, lambda: read_curve(path, metric))
 
 
 class SupervisedGuard:

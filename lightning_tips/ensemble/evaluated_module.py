@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from lightning_tips.core import agree, log_picture, report_folder, targets_of
+from lightning_tips.core import log_picture, on_rank_zero, report_folder, targets_of
 from lightning_tips.ensemble.calibration import reliability
 from lightning_tips.ensemble.evaluation import combine, scores, whole_split
 from lightning_tips.ensemble.outputs import watched_forward
@@ -73,8 +73,7 @@ class EvaluatedModule(VotingModule):
         # On one sample (as in fast_dev_run) there is nothing to fit; the callback says so at the end of training.
         fits = self._refit or (self.trainer.state.fn == "fit" and len(seen[1]) > 1)
         if fits and not self.trainer.sanity_checking:
-            fitted = agree(self.trainer, self._fit_vote(*seen, self._refit) if self.trainer.is_global_zero else None)
-            assert fitted is not None
+            fitted = on_rank_zero(self.trainer, lambda: self._fit_vote(*seen, self._refit))
             self._take_up(fitted)
             found = fitted["scores"]
         else:

@@ -15,16 +15,20 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core import ActsOn, accept_other_shapes, log_numbers, wrap_again
+from lightning_tips.core import ActsOn, accept_other_shapes, log_numbers, on_rank_zero, wrap_again
 from lightning_tips.core.tip import belongs_to
 from lightning_tips.pruning.fit import checks
 from lightning_tips.pruning.fit.capture import Capture, Inputs, Sample, batch_size, find_network
 from lightning_tips.pruning.fit.distillation import TaughtTip
 from lightning_tips.pruning.fit.guard import take_snapshot
-from lightning_tips.pruning.fit.rank_zero import on_rank_zero
 from lightning_tips.pruning.fit.schedule import Schedule
 from lightning_tips.pruning.fit.surroundings import best_so_far, reestimate, reset_best, watched_by
 from lightning_tips.pruning.networks.copies import log_nothing, plain_copy
+
+TOGETHER = (
+    "Pruning tries the network out: name a part whose forward pass does not communicate, with module=..., or prune on one"
+    " device."
+)
 
 
 class PruningCallback(TaughtTip):
@@ -244,7 +248,7 @@ class PruningCallback(TaughtTip):
                 return cost
 
         try:
-            cost = on_rank_zero(trainer, work)
+            cost = on_rank_zero(trainer, work, TOGETHER)
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
         except RuntimeError as error:
@@ -318,7 +322,7 @@ class PruningCallback(TaughtTip):
                 return self._propose(_tried_on(network), example, position)
 
         try:
-            proposal = on_rank_zero(trainer, work)
+            proposal = on_rank_zero(trainer, work, TOGETHER)
         except (ValueError, TypeError) as error:
             if not self.events:
                 raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

@@ -11,7 +11,9 @@ import lightning.pytorch as pl
 import torch.distributed
 from torch.distributed import distributed_c10d
 
-from lightning_tips.core import agree
+from lightning_tips.core.distributed import agree
+
+__all__ = ["on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -23,18 +25,26 @@ COLLECTIVES = (
 """What waits for other ranks."""
 
 
-def on_rank_zero(trainer: pl.Trainer, work: Callable[[], T]) -> T:
+def on_rank_zero(trainer: pl.Trainer, work: Callable[[], T], hint: str = "") -> T:
     """What ``work`` returns on rank 0, on every rank; where it raises, all ranks do.
 
     Without that the others would wait for a rank that has failed. ``work`` may not wait for them in its turn: a network
     that communicates in its forward pass gets an error instead of a run that hangs.
+
+    Args:
+        trainer: The trainer of the running fit; all its ranks must call.
+        work: Its result can be pickled.
+        hint: What to do where it communicates, for the error.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: The nearest kind to that of the error on rank 0, with its message.
     """
     if trainer.world_size == 1:
         return work()
     result: tuple[T | None, Exception | None] = (None, None)
     if trainer.is_global_zero:
         try:
-            with _no_communication():
+            with _no_communication(hint):
                 result = (work(), None)
         except Exception as error:  # of whatever kind: it is raised below, on all ranks
             kind = next((k for k in (ValueError, TypeError) if isinstance(error, k)), RuntimeError)
@@ -46,12 +56,12 @@ def on_rank_zero(trainer: pl.Trainer, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _no_communication() -> Iterator[None]:
+def _no_communication(hint: str) -> Iterator[None]:
     """While it is open, collectives of torch.distributed raise."""
     places: tuple[ModuleType, ...] = (torch.distributed, distributed_c10d)
     before = [(place, name, getattr(place, name)) for place in places for name in COLLECTIVES if hasattr(place, name)]
     for place, name, _ in before:
-        setattr(place, name, _refusing(name))
+        setattr(place, name, _refusing(name, hint))
     try:
         yield
     finally:
@@ -59,11 +69,8 @@ def _no_communication() -> Iterator[None]:
             setattr(place, name, function)
 
 
-def _refusing(name: str) -> Callable[..., NoReturn]:
+def _refusing(name: str, hint: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ValueError(
-            f"The network's forward pass communicates with other ranks ({name}), and pruning tries it out on one rank"
-            " by itself. Name a part of it that does not, with module=..., or prune on one device."
-        )
+        raise ValueError(f"What runs here on one rank by itself communicates with the other ranks ({name}). {hint}")
 
     return refuse
