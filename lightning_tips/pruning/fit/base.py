@@ -26,8 +26,8 @@ from lightning_tips.pruning.fit.surroundings import best_so_far, reestimate, res
 from lightning_tips.pruning.networks.copies import log_nothing, plain_copy
 
 TOGETHER = (
-    "Pruning tries the network out: name a part whose forward pass does not communicate, with module=..., or prune on one"
-    " device."
+    "Pruning tries the network out: name a part whose forward pass does not communicate, with module=..., or prune on"
+    " one device."
 )
 
 
