@@ -61,8 +61,12 @@ def test_so_is_one_that_ends_by_its_number_of_steps(accumulated: int, steps: int
     with pytest.warns(UserWarning, match="last pruning step is due in epoch 1, and the run ends after 1"):
         fit(pruning(schedule="one_shot"), folder=tmp_path, max_steps=steps, **more)
     tip = pruning(schedule="one_shot")
-    fit(tip, folder=tmp_path, max_steps=steps + 1, **more)
+    fit(tip, every_step(tmp_path / "kept"), folder=tmp_path, max_steps=steps + 1, **more)
     assert tip.finished
+    again = pruning(schedule="one_shot")  # from the middle of an epoch
+    kept = every_step(tmp_path / "again")
+    fit(again, kept, folder=tmp_path, max_steps=steps + 1, ckpt_path=tmp_path / "kept/step-step=1.ckpt", **more)
+    assert again.finished
 
 
 def test_without_a_sanity_check_it_prunes_before_the_first_step(tmp_path: Path) -> None:

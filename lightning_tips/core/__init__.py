@@ -41,7 +41,7 @@ from lightning_tips.core.schedulers import move_schedulers, note_full_rates
 from lightning_tips.core.strategies import before_checkpoint_load, require_strategy, wrap_again
 from lightning_tips.core.tables import render_table
 from lightning_tips.core.tip import ActsOn, TipCallback, callbacks_of, find_tips
-from lightning_tips.core.untouched import same_random_numbers, unchanged
+from lightning_tips.core.untouched import keep_values, same_random_numbers, unchanged
 from lightning_tips.core.validation import CaughtLog
 from lightning_tips.core.warmup import ScaledSteps, carry_shares, scale_again, scale_steps, warm_up
 
@@ -90,6 +90,7 @@ __all__ = [
     "inputs_of",
     "install",
     "keep_indices",
+    "keep_values",
     "leaves_files",
     "log_numbers",
     "log_picture",

@@ -19,8 +19,9 @@ T = TypeVar("T")
 
 COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
-    *("barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "recv", "reduce", "reduce_scatter"),
-    *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
+    *("barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv"),
+    *("isend", "monitored_barrier", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter"),
+    *("scatter_object_list", "send"),
 )
 """What waits for other ranks."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["same_random_numbers", "unchanged"]
+__all__ = ["keep_values", "same_random_numbers", "unchanged"]
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def unchanged(*networks: nn.Module) -> Iterator[None]:
     modules = [module for network in networks for module in network.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, keep_values(buffer))
         for module in modules
         for name, buffer in module.named_buffers(recurse=False)
     ]
@@ -43,9 +43,25 @@ def unchanged(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for module, name, buffer, put_back in buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            put_back()
+
+
+def keep_values(tensor: Tensor) -> Callable[[], None]:
+    """A function that gives a tensor the values again that it has now, in place. Nested ones are left alone."""
+    if tensor.is_meta or tensor.is_nested:
+        return lambda: None
+    before = tensor.detach().clone()
+    strided = tensor.layout == torch.strided
+    version = None if strided else tensor._version  # of other layouts the values cannot be compared
+
+    def put_back() -> None:
+        if tensor.shape != before.shape:
+            return
+        if not torch.equal(tensor, before) if strided else tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(before)
+
+    return put_back

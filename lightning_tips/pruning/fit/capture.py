@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.utils.checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -26,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tips.core import did_you_mean
 from lightning_tips.core.lightning_private import is_redirected
+from lightning_tips.pruning.fit.undone import undone
 from lightning_tips.pruning.networks.copies import COMPILED, logs_nothing
 
 Inputs = tuple[Any, ...] | dict[str, Any]
@@ -38,40 +40,49 @@ class Capture:
     Args:
         module: The LightningModule.
         network: Name of the submodule to wait for. Or several, of which it is the first that is called to be trained:
-            with gradients, and with a parameter that asks for them. A frozen teacher is not meant. By default all that
-            hold convolutions.
+            with gradients, and with a parameter that asks for them. A teacher is not meant. Where there is none such,
+            it is the first that is frozen and called with gradients. By default all that hold convolutions.
         stop: Whether to end the step there and then, by :class:`Stopped`.
 
     Attributes:
         name: The network that was called: "" for the LightningModule itself.
         inputs: What it was called with, on the CPU; ``None`` until it was.
-        passed_over: Networks that were called and do not train, in their order.
+        trains: Whether it has a parameter that asks for gradients, or was named.
+        passed_over: Networks that were called without gradients in training, in their order.
     """
 
     def __init__(self, module: nn.Module, network: str | Sequence[str] | None = None, stop: bool = False) -> None:
         self.name: str | None = None
         self.inputs: Inputs | None = None
+        self.trains = True
         self.passed_over: list[str] = []
         self._stop = stop
+        self._frozen: tuple[str, Inputs] | None = None
         names = networks_in(module) if network is None else [network] if isinstance(network, str) else network
         any_of_them = not isinstance(network, str)
+        self._to_train = any_of_them and module.training  # of the whole: a teacher is in eval mode by itself
         self._handles: list[RemovableHandle] = []
         for name in names:
             part = module.get_submodule(name)
             # Asked now: a step may freeze for a moment what it does not train by one of its optimizers.
             frozen = any_of_them and not any(parameter.requires_grad for parameter in part.parameters())
-            hook = self._hook(name, frozen, any_of_them)
-            self._handles.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(part.register_forward_pre_hook(self._hook(name, frozen), with_kwargs=True))
 
-    def _hook(self, name: str, frozen: bool, to_train: bool) -> Callable[..., None]:
+    def _hook(self, name: str, frozen: bool) -> Callable[..., None]:
         def note(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # Under DDP a whole step goes through the module's `forward`, with the batch as argument.
             if self.inputs is not None or is_redirected(network):
                 return
-            if frozen or (to_train and network.training and not torch.is_grad_enabled()):
+            if self._to_train and not torch.is_grad_enabled() and not _will_run_again():
                 self.passed_over.append(name)
                 return
-            self.name, self.inputs = name, _copied(as_inputs(network, args, kwargs), _dtype(network))
+            if frozen and self._frozen is not None:
+                return
+            inputs = _copied(as_inputs(network, args, kwargs), _dtype(network))
+            if frozen:
+                self._frozen = name, inputs
+                return
+            self.name, self.inputs = name, inputs
             if self._stop:
                 raise Stopped
 
@@ -83,6 +94,18 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.inputs is None and self._frozen is not None:
+            (self.name, self.inputs), self.trains = self._frozen, False
+        self._frozen = None
+
+
+def _will_run_again() -> bool:
+    """Whether this is the first pass of a gradient checkpoint: without gradients, which its second one computes."""
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+    return False
 
 
 class Stopped(Exception):
@@ -93,8 +116,7 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
     """Runs a training step up to its first call of a network, or its first backward pass, and no further.
 
     Nothing is trained, logged or drawn from a random number generator by that, and the step runs on a copy of the
-    batch. What it has done to the module is undone: buffers, plain attributes, and parameters that it has frozen for
-    one of several optimizers (``toggle_optimizer``).
+    batch. What it has done to the module is undone, see :func:`undone`.
 
     Args:
         trainer: The trainer, in its training loop.
@@ -114,10 +136,10 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
     strategy["backward"] = stop  # what `manual_backward` calls
     try:
         with ExitStack() as stack:
-            for context in (isolate_rng(), _undone(module), logs_nothing(module), suppress(Stopped)):
+            for context in (isolate_rng(), undone(module), logs_nothing(module), suppress(Stopped)):
                 stack.enter_context(context)
             stack.enter_context(trainer.precision_plugin.train_step_context())
-            module.training_step(_apart(batch), *((0,) if takes_number else ()))
+            module.training_step(_own_copy(batch), *((0,) if takes_number else ()))
     finally:
         capture.remove()
         del strategy["backward"]
@@ -125,53 +147,11 @@ def probe(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, network: 
     return capture
 
 
-@contextmanager
-def _undone(module: nn.Module) -> Iterator[None]:
-    """Afterwards buffers, plain attributes and the flags of parameters are what they were, in every submodule.
-
-    Of attributes: which object each one is, and what is directly in lists, dicts, sets and, up to 256 MB, tensors: of
-    whole datasets a second copy may not fit.
-    """
-    parts = list(module.modules())
-    before = [{name: value for name, value in vars(part).items() if name not in _REGISTRIES} for part in parts]
-    held = [value for values in before for value in values.values()]
-    contents = [(value, copy.copy(value)) for value in held if type(value) in (list, dict, set)]
-    tensors = [value for value in held if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
-    tensors = [*module.buffers(), *(tensor for tensor in tensors if size_in_bytes(tensor) <= 2**28)]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    buffers = [dict(part._buffers) for part in parts]
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    modes = [part.training for part in parts]
-    try:
-        yield
-    finally:
-        for part, attributes, own, training in zip(parts, before, buffers, modes, strict=True):
-            for name in vars(part).keys() - attributes.keys() - _REGISTRIES:
-                del vars(part)[name]
-            vars(part).update(attributes)
-            part._buffers.update(own)
-            part.training = training
-        for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-        with torch.no_grad():
-            for tensor, value in values:
-                if tensor.shape == value.shape and not torch.equal(tensor, value):
-                    tensor.copy_(value)
-        for parameter, requires_grad in flags:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-
-
-_REGISTRIES = {name for name in vars(nn.Module()) if name != "training"}
-"""Where a module keeps its parameters, buffers, submodules and hooks: these attributes are no plain ones."""
-
-
-def _apart(batch: Any) -> Any:
+def _own_copy(batch: Any) -> Any:
     """A copy, as the step may change its batch: take something out of a dict, or scale a tensor in place."""
     try:
         return copy.deepcopy(batch)
-    except (RuntimeError, TypeError, ValueError):  # tensors of a graph, iterators, locks
+    except Exception:  # tensors of a graph, iterators, locks, and whatever somebody's own class says
         return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 

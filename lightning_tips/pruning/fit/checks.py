@@ -147,31 +147,43 @@ def check_step(module: pl.LightningModule, tip: object) -> None:
 def check_averages(trainer: pl.Trainer, module: nn.Module, network: nn.Module, tip: object) -> None:
     """Raises for an average of the network's weights (EMA) in the module or a callback, and names what may be one.
 
-    Its shapes would not be the network's any more. Any other copy may as well be an independent network or a teacher.
+    Its shapes would not be the network's any more. Averages of parts of the network, or of what it is a part of, too.
+    Any other copy may as well be an independent network or a teacher.
     """
-    shapes = [(name, tensor.shape) for name, tensor in network.named_parameters()]
-    inside = {f"{type(module).__name__}.{name}": part for name, part in module.named_modules()}
-    beside = {
-        f"{type(callback).__name__}.{name}": value
-        for callback in callbacks_of(trainer)
-        for name, value in vars(callback).items()
-        if isinstance(value, nn.Module)
-    }
-    own = {id(part) for part in [module, *network.modules()]}
-    for name, part in (inside | beside).items():
-        averaged = isinstance(part, AveragedModel) or type(part).__name__.startswith("ModelEma")  # timm's
-        inner = part.module if averaged else part
-        if id(part) in own or [(n, t.shape) for n, t in inner.named_parameters()] != shapes:
-            continue
-        if averaged:
+    held: dict[str, Any] = {f"{type(module).__name__}.{name}": part for name, part in module.named_modules()}
+    for callback in callbacks_of(trainer):
+        held |= {f"{type(callback).__name__}.{name}": value for name, value in vars(callback).items()}
+    inside = set(network.modules())
+    averages = {part for value in held.values() if (inner := _averaged(value)) is not None for part in inner.modules()}
+    related = [part for part in module.modules() if part in inside or network in set(part.modules())]
+    own, shapes = {*related}, [_shapes(part) for part in related if part not in averages]
+    for name, part in held.items():
+        inner = _averaged(part)
+        if inner is not None and _shapes(inner) and _shapes(inner) in shapes:
             raise MisconfigurationException(
                 f"{type(tip).__name__}: {name} averages the network's weights in the shapes that they have now, and"
                 " these change. Prune first, and average in a run that goes on from the pruned checkpoint"
                 " (load_pruned)."
             )
-        own.add(id(part))
-        if name in beside or not any(parameter.requires_grad for parameter in part.parameters()):
-            say(trainer, f"{name} has the network's shapes and keeps them. An average of its weights would not fit.")
+        if isinstance(part, nn.Module) and part not in own and _shapes(part) == _shapes(network):
+            own.add(part)
+            inside_module = name.startswith(f"{type(module).__name__}.")
+            if not (inside_module and any(parameter.requires_grad for parameter in part.parameters())):
+                say(trainer, f"{name} has the network's shapes, and keeps them: an average of its weights fails.")
+
+
+def _averaged(held: Any) -> nn.Module | None:
+    """What torch's, or timm's, average of a module has inside; ``None`` for anything else."""
+    if isinstance(held, AveragedModel):
+        return held.module
+    if type(held).__name__.startswith("ModelEma"):
+        inner = getattr(held, "module", getattr(held, "ema", None))  # the first one of timm is no module
+        return inner if isinstance(inner, nn.Module) else None
+    return None
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
 
 def check_optimizers(trainer: pl.Trainer, tip: object) -> None:
@@ -215,5 +227,7 @@ def _epochs(trainer: pl.Trainer) -> int | None:
     )  # the number of steps in each epoch
     if trainer.max_steps >= 0 and same and 0 < batches < math.inf:
         each = math.ceil(batches / trainer.accumulate_grad_batches)
-        known.append(trainer.current_epoch + math.ceil((trainer.max_steps - trainer.global_step) / each))
+        # A resumed run may be in the middle of an epoch.
+        done = (trainer.fit_loop.epoch_loop.batch_idx + 1) // trainer.accumulate_grad_batches
+        known.append(trainer.current_epoch + math.ceil((done + trainer.max_steps - trainer.global_step) / each))
     return min(known, default=None)

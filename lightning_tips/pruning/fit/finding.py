@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_tips.core import TipCallback, agree
+from lightning_tips.core import TipCallback, agree, say
 from lightning_tips.pruning.fit.capture import (
     Capture,
     Inputs,
@@ -104,6 +104,8 @@ class NetworkFinder(TipCallback):
         found = probe(trainer, pl_module, batch, name if name is not None else self._holders(pl_module))
         if self._example is None:
             self._know(trainer, found.name, found.inputs)
+            if not found.trains:
+                say(trainer, f"{type(self).__name__} prunes {self._network!r}, though nothing in it trains now.")
         own = getattr(pl_module, "example_input_array", None)
         if self._example is None and own is not None and self.module in (None, ""):
             self._know(trainer, "", _as_inputs(own))
@@ -112,8 +114,8 @@ class NetworkFinder(TipCallback):
             if found.passed_over:
                 name = found.passed_over[0]
                 raise MisconfigurationException(
-                    f"{type(self).__name__}: {step} calls {name!r} without training it. Pass module={name!r} if that is"
-                    " what to prune, else the name of the network."
+                    f"{type(self).__name__}: {step} calls {name!r} without gradients, and no other network. Pass"
+                    f" module={name!r} if that is what to prune, else the name of the network."
                 )
             named = "" if self.module is None else f" named {self.module!r}"
             raise MisconfigurationException(
