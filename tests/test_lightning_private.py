@@ -1,6 +1,7 @@
 """Private attributes still are what they are taken for: those of Lightning in `core/lightning_private*.py`, and
 those of torch in `core/schedulers.py`."""
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -187,14 +188,14 @@ def test_schedulers_of_members_are_stepped_by_the_epoch_loop(tmp_path: Path) -> 
 
 def test_keepers_of_scores_have_the_methods_that_wait_for_a_measurement(tmp_path: Path) -> None:
     keep, stop = ModelCheckpoint(tmp_path, monitor="val_loss", every_n_train_steps=2), EarlyStopping("val_loss")
-    trainer, _ = build(keep, stop, folder=tmp_path)
+    trainer, module = build(keep, stop, folder=tmp_path)
+    trainer.strategy.connect(module)
     trainer.state.fn = TrainerFn.FITTING
-    assert keep._defer_save_until_validation is False
     assert not stop._should_skip_check(trainer)
     trainer.callback_metrics["val_loss"] = torch.tensor(1.0)
     scores = OldScores()
     scores.begin(trainer)
-    assert keep._defer_save_until_validation
+    assert scores.due == {keep.state_key}
     assert stop._should_skip_check(trainer)
     assert torch.isnan(keep._monitor_candidates(trainer)["val_loss"])
     keep._save_topk_checkpoint(trainer, keep._monitor_candidates(trainer))
@@ -207,14 +208,38 @@ def test_keepers_of_scores_have_the_methods_that_wait_for_a_measurement(tmp_path
     scores.release()
     assert stop._should_skip_check(trainer)
     again.release()
-    for callback, methods in (
-        (keep, ("_save_topk_checkpoint", "_monitor_candidates")),
+    for owner, methods in (
+        (keep, ("_save_topk_checkpoint", "_monitor_candidates", "on_validation_end", "on_train_epoch_end")),
         (stop, ("_should_skip_check",)),
+        (module, ("lr_scheduler_step",)),
     ):
-        assert all(hasattr(callback, name) and name not in vars(callback) for name in methods)
+        assert all(hasattr(owner, name) and name not in vars(owner) for name in methods)
     assert list(inspect.signature(keep._save_topk_checkpoint).parameters) == ["trainer", "monitor_candidates"]
+    assert list(inspect.signature(keep._save_last_checkpoint).parameters) == ["trainer", "monitor_candidates"]
     assert keep._last_global_step_saved == 0
-    assert keep._should_save_on_train_epoch_end(trainer) in (True, False)
+    assert (keep._every_n_train_steps, keep._train_time_interval) == (2, None)
+    for at_epoch_end in (True, False):
+        asked = ModelCheckpoint(tmp_path, save_on_train_epoch_end=at_epoch_end)
+        assert asked._should_save_on_train_epoch_end(trainer) is at_epoch_end
+
+
+def test_a_deep_copy_of_a_keeper_of_scores_acts_for_itself(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer, module = build(keep, folder=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.callback_metrics["val_loss"] = torch.tensor(1.0)
+    scores = OldScores()
+    scores.begin(trainer)
+    copied = copy.deepcopy(keep)
+    copied._save_topk_checkpoint(trainer, copied._monitor_candidates(trainer))
+    assert not copied.best_model_path  # it waits as well
+    scores.release()
+    saved: list[str] = []
+    trainer.save_checkpoint = lambda path, *_: saved.append(path)  # type: ignore[method-assign]
+    copied._save_topk_checkpoint(trainer, copied._monitor_candidates(trainer))
+    assert saved == [copied.best_model_path]
+    assert not keep.best_model_path
 
 
 def test_levels_of_logging_are_those_of_the_hook() -> None:

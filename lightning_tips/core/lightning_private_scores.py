@@ -6,7 +6,10 @@ ModelCheckpoint and EarlyStopping. `tests/test_lightning_private.py` looks at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +19,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_tips.core.tip import callbacks_of
-
-Names = Callable[[], set[str]]
 
 
 class OldScores:
@@ -30,39 +31,40 @@ class OldScores:
 
     def __init__(self) -> None:
         self._trainer: pl.Trainer | None = None
-        self._take_back: list[Callable[[], None]] = []
+        self._guards: list[_Guard] = []
         self.forget()
 
     def forget(self) -> None:
         """No metric is old."""
         self._old: dict[str, Tensor | None] = {}  # as it was then; None where a resumed run has none yet
+        self._before: set[str] = set()  # logged before a resume, which brings none of them back
+        self.due: set[str] = set()  # keys of the ModelCheckpoints that save once when their metric is measured
 
     def begin(self, trainer: pl.Trainer) -> None:
         """The network has just changed: all that was measured until now is old."""
-        still = {name: self._old[name] for name in self.names()}
-        self._old = still | dict(trainer.callback_metrics)
+        self._old = dict.fromkeys(self._before) | dict(trainer.callback_metrics)
+        self.due |= {
+            callback.state_key
+            for callback in callbacks_of(trainer)
+            if isinstance(callback, ModelCheckpoint) and callback.monitor in self._old and _saves_between(callback)
+        }
         self.attach(trainer)
 
     def attach(self, trainer: pl.Trainer) -> None:
         """Has everybody look whether a metric is old, if any is; at the start of a resumed fit, too."""
         self._trainer = trainer
-        if not self._old:
-            return
-        names = self.names()
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelCheckpoint) and callback.monitor in names and not callback.every_n_epochs:
-                callback._defer_save_until_validation = True
-        if self._take_back:
+        if not self._old and not self.due:
             return
         for callback in callbacks_of(trainer):
             if isinstance(callback, ModelCheckpoint):
-                self._replace(callback, "_monitor_candidates", _candidates)
-                self._replace(callback, "_save_topk_checkpoint", _save_topk)
-                self._replace(callback, "on_train_epoch_end", _save_what_is_due)
+                self._put(_Candidates, callback, "_monitor_candidates")
+                self._put(_SaveTopK, callback, "_save_topk_checkpoint")
+                self._put(_SaveWhatIsDue, callback, "on_validation_end")
+                self._put(_SaveWhatIsDue, callback, "on_train_epoch_end")
             elif isinstance(callback, EarlyStopping):
-                self._replace(callback, "_should_skip_check", _skip)
-        if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
-            self._replace(trainer.lightning_module, "lr_scheduler_step", _step_plateau)
+                self._put(_SkipCheck, callback, "_should_skip_check")
+        # Whether there is a ReduceLROnPlateau or not: one may come with another optimizer, at any step.
+        self._put(_StepScheduler, trainer.lightning_module, "lr_scheduler_step")
 
     def names(self) -> set[str]:
         """Of the metrics that are old."""
@@ -74,92 +76,118 @@ class OldScores:
 
     def release(self) -> None:
         """Leaves everybody as they were found."""
-        self._old = dict.fromkeys(self.names())
+        self.load_state_dict(self.state_dict())  # a fit that goes on from here begins without metrics, too
         self._trainer = None
-        while self._take_back:
-            self._take_back.pop()()
+        while self._guards:
+            self._guards.pop().leave(self)
 
-    def state_dict(self) -> list[str]:
+    def state_dict(self) -> dict[str, list[str]]:
         """Plain data for a checkpoint, which holds no metrics."""
-        return sorted(self.names())
+        logged = set() if self._trainer is None else set(self._trainer.callback_metrics)
+        return {"old": sorted(self.names()), "logged": sorted(self._before | logged), "due": sorted(self.due)}
 
-    def load_state_dict(self, state: Iterable[str]) -> None:
+    def load_state_dict(self, state: Mapping[str, Sequence[str]]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._old = dict.fromkeys(state)
+        self._old = dict.fromkeys(state["old"])
+        self._before = set(state["logged"])
+        self.due = set(state["due"])
 
-    def _replace(self, owner: Any, name: str, make: Callable[[Any, Any, Names], Any]) -> None:
-        """Puts what ``make`` makes of a method in its place, on the instance; once, however many tips ask for it."""
-        before = vars(owner).get(name)
-        asked: list[Names] | None = getattr(before, "asked", None)
-        if asked is None:
-            asked = []
-            method = make(owner, getattr(owner, name), _together(asked))
-            method.asked, method.before = asked, before
-            vars(owner)[name] = method
-        asked.append(self.names)
-
-        def take_back() -> None:  # in whatever order
-            asked.remove(self.names)
-            method = vars(owner).get(name)
-            if not asked and getattr(method, "asked", None) is asked:
-                vars(owner).pop(name)
-                if method.before is not None:
-                    vars(owner)[name] = method.before
-
-        self._take_back.append(take_back)
+    def _put(self, kind: type[_Guard], owner: Any, name: str) -> None:
+        """Puts a guard in the place of a method, on the instance; once, however many tips ask for it."""
+        if any(guard.owner is owner and guard.name == name for guard in self._guards):
+            return
+        guard = vars(owner).get(name)
+        if not isinstance(guard, _Guard):
+            guard = vars(owner)[name] = kind(owner, name, guard)
+        guard.asked.append(self)
+        self._guards.append(guard)
 
 
-def _together(asked: list[Names]) -> Names:
-    return lambda: set().union(*(names() for names in asked))
+def _saves_between(callback: ModelCheckpoint) -> bool:
+    """Whether it saves by steps or by time, so that its next turn may be long after the metric is measured."""
+    by_steps = callback._every_n_train_steps >= 1 or callback._train_time_interval is not None
+    return by_steps and callback.save_top_k != 0
 
 
-def _candidates(callback: ModelCheckpoint, original: Any, old: Names) -> Any:
+@dataclass(eq=False)
+class _Guard:
+    """What stands in the place of a method, on the instance. That of a deep copy acts on the copy."""
+
+    owner: Any
+    name: str
+    before: Any  # what stood there, on the instance, if anything did
+    asked: list[OldScores] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
+        owner, before = copy.deepcopy((self.owner, self.before), memo)
+        return type(self)(owner, self.name, before, self.asked)  # the same scores: they end for both
+
+    @property
+    def original(self) -> Any:
+        return partial(getattr(type(self.owner), self.name), self.owner) if self.before is None else self.before
+
+    def old(self) -> set[str]:
+        return set().union(*(scores.names() for scores in self.asked))
+
+    def leave(self, scores: OldScores) -> None:
+        """One of those who asked does no longer; they come and go in whatever order."""
+        self.asked.remove(scores)
+        if not self.asked and vars(self.owner).get(self.name) is self:
+            del vars(self.owner)[self.name]
+            if self.before is not None:
+                vars(self.owner)[self.name] = self.before
+
+
+class _Candidates(_Guard):
     """What files are named by, without the values that are old."""
 
-    def candidates(trainer: pl.Trainer) -> dict[str, Tensor]:
-        unknown = dict.fromkeys(old() - {"epoch", "step"}, torch.tensor(float("nan"), device="cpu"))
-        return original(trainer) | unknown
-
-    return candidates
+    def __call__(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+        unknown = dict.fromkeys(self.old() - {"epoch", "step"}, torch.tensor(float("nan"), device="cpu"))
+        return self.original(trainer) | unknown
 
 
-def _save_topk(callback: ModelCheckpoint, original: Any, old: Names) -> Any:
+class _SaveTopK(_Guard):
     """Keeps no file under an old score; ``last.ckpt``, which has none, is written all the same."""
 
-    def save(trainer: pl.Trainer, candidates: dict[str, Tensor]) -> None:
-        if callback.monitor not in old():
-            original(trainer, candidates)
-        elif callback.save_last is True:
+    def __call__(self, trainer: pl.Trainer, candidates: dict[str, Tensor]) -> None:
+        callback = self.owner
+        if callback.monitor not in self.old():
+            for scores in self.asked:  # before it saves: a run that resumes from the file does not owe it any more
+                scores.due.discard(callback.state_key)
+            self.original(trainer, candidates)
+        elif callback.save_last is True and callback.save_top_k != 0:
             callback._last_global_step_saved = trainer.global_step  # else it would not be: it goes with the others
 
-    return save
+
+class _SaveWhatIsDue(_Guard):
+    """Saves what is due as soon as the metric is measured, at the moment where the ModelCheckpoint saves."""
+
+    def __call__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        callback = self.owner
+        self.original(trainer, pl_module)
+        if not any(callback.state_key in scores.due for scores in self.asked):
+            return
+        if self.name == "on_validation_end" and callback._should_save_on_train_epoch_end(trainer):
+            return
+        candidates = callback._monitor_candidates(trainer)
+        if callback.monitor in candidates and callback.monitor not in self.old():
+            # Also where last.ckpt has just been written, which counts as a save of this step.
+            callback._save_topk_checkpoint(trainer, candidates)
+            callback._save_last_checkpoint(trainer, candidates)
 
 
-def _save_what_is_due(callback: ModelCheckpoint, original: Any, old: Names) -> Any:
-    """What Lightning does after a validation for a save that waits for it, also where it saves at an epoch's end."""
+class _SkipCheck(_Guard):
+    """Has EarlyStopping not look at an old score."""
 
-    def on_train_epoch_end(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        original(trainer, pl_module)
-        waits = callback._defer_save_until_validation and not callback.every_n_epochs
-        if waits and callback._should_save_on_train_epoch_end(trainer):
-            candidates = callback._monitor_candidates(trainer)
-            if callback.monitor in candidates and callback.monitor not in old():
-                callback._save_topk_checkpoint(trainer, candidates)
-                callback._save_last_checkpoint(trainer, candidates)
-                callback._defer_save_until_validation = False
-
-    return on_train_epoch_end
+    def __call__(self, trainer: pl.Trainer) -> bool:
+        return self.original(trainer) or self.owner.monitor in self.old()
 
 
-def _skip(callback: EarlyStopping, original: Any, old: Names) -> Any:
-    return lambda trainer: original(trainer) or callback.monitor in old()
+class _StepScheduler(_Guard):
+    """Steps no ReduceLROnPlateau by an old score."""
 
-
-def _step_plateau(module: pl.LightningModule, original: Any, old: Names) -> Any:
-    def lr_scheduler_step(scheduler: Any, metric: Any) -> None:
-        configs = module.trainer.lr_scheduler_configs
+    def __call__(self, scheduler: Any, metric: Any) -> None:
+        configs = self.owner.trainer.lr_scheduler_configs
         monitor = next((config.monitor for config in configs if config.scheduler is scheduler), None)
-        if not (isinstance(scheduler, ReduceLROnPlateau) and monitor in old()):
-            original(scheduler, metric)
-
-    return lr_scheduler_step
+        if not (isinstance(scheduler, ReduceLROnPlateau) and monitor in self.old()):
+            self.original(scheduler, metric)
