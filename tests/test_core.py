@@ -1,6 +1,7 @@
 """What the tips stand on: batches, names, order and conflicts, agreement."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,18 @@ from lightning_tips import OptimizerSwitchCallback
 from lightning_tips.core import (
     ActsOn,
     Event,
+    LogitWatcher,
     ReplacedStep,
     TipCallback,
     TipMixin,
     did_you_mean,
     find_tips,
     parameter_hash,
+    reason_of,
     split_batch,
 )
+from lightning_tips.data.pseudo_teacher import _inputs_of
+from lightning_tips.ensemble.evaluated_module import EvaluatedModule
 
 from harness import PlainData, PlainModule, build, every_epoch, fit
 
@@ -50,6 +55,33 @@ def test_unknown_keys_say_what_to_pass() -> None:
         split_batch({"image": 1, "grade": 2}, target_key="grades")
     with pytest.raises(TypeError, match="pairs or a dict"):
         split_batch(torch.zeros(3))
+
+
+class Silent(dict):
+    """Says nothing when it raises."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise KeyError
+
+
+class Watcher(LogitWatcher):
+    def watched(self, trainer, pl_module, seen) -> None:
+        raise AssertionError
+
+
+def test_errors_without_a_message_are_told_of() -> None:
+    watcher = Watcher()
+    watcher._outputs._logits = torch.zeros(1)
+    ensemble = SimpleNamespace(_running=None, target_key=None)
+    for look in (
+        lambda: watcher.on_validation_batch_end(None, None, None, Silent(label=1), 0),
+        lambda: _inputs_of(Silent(image=1), None),
+        lambda: EvaluatedModule._evaluate(ensemble, "test_step", Silent(label=1), 0, 0, []),
+    ):
+        with pytest.raises(MisconfigurationException, match=r": KeyError\(\)"):
+            look()
+    assert reason_of(KeyError("no 'x'")) == "no 'x'"
+    assert reason_of(FileNotFoundError(2, "No such file", "a.yaml")) == "[Errno 2] No such file: 'a.yaml'"
 
 
 def test_wrong_names_are_answered_with_the_nearest() -> None:

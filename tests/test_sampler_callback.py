@@ -186,12 +186,13 @@ def test_data_is_left_alone_after_the_run(tmp_path: Path) -> None:
 
 def test_a_loader_with_the_sampler_comes_out_as_it_went_in(tmp_path: Path) -> None:
     given = DataLoader(DATA, 8, sampler=ImbalancedSampler(LABELS))
-    before = dict(vars(given))
-    trainer, module = build(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), max_epochs=1)
+    before, order = dict(vars(given)), list(given.sampler)
+    trainer, module = build(ImbalancedSamplerCallback(), folder=tmp_path, module=Diary(), max_epochs=2)
     trainer.fit(module, given)
-    assert classes_of(module.seen) == [40, 40, 40]
+    assert classes_of(module.seen) == [80, 80, 80]
     assert type(given) is DataLoader
     assert vars(given) == before
+    assert list(given.sampler) == order
 
 
 def test_loaders_that_are_reloaded(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from lightning_tips.core import (
     agree,
     inputs_of,
     log_picture,
+    reason_of,
     replace_inputs,
     replace_targets,
     report_folder,
@@ -205,8 +206,7 @@ class BatchAugmentationCallback(SampleFinder):
             if self.mixup or self.cutmix:
                 changed = self._mix(trainer, changed)
         except (KeyError, TypeError, ValueError) as error:
-            reason = error.args[0] if error.args else repr(error)  # str() of a KeyError would be in quotes
-            raise MisconfigurationException(f"{type(self).__name__}: {reason}") from error
+            raise MisconfigurationException(f"{type(self).__name__}: {reason_of(error)}") from error
         tried, self._tried = self._tried, True
         if not (self.mixup or self.cutmix):
             return step(changed, *args, **kwargs)

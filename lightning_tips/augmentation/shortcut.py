@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_tips.augmentation.batch import augment_batch
 from lightning_tips.augmentation.policies import Policy
-from lightning_tips.core import log_numbers, split_batch
+from lightning_tips.core import log_numbers, reason_of, split_batch
 
 __all__ = ["Shortcut", "ShortcutWatch", "belong_to", "minority_classes", "shortcut_probe"]
 
@@ -171,10 +171,9 @@ class ShortcutWatch:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of a forward of any kind
             self._failed = True
-            reason = error.args[0] if error.args else repr(error)
             rank_zero_warn(
-                f"only_classes={list(self._classes)} cannot be probed for the shortcut that it teaches: {reason}."
-                " Compare with a run that augments all classes."
+                f"only_classes={list(self._classes)} cannot be probed for the shortcut that it teaches:"
+                f" {reason_of(error)}. Compare with a run that augments all classes."
             )
             return
         counts = (found.clean, found.augmented, found.total)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tips import BatchAugmentationCallback
 from lightning_tips.cli.run import BuildCLI
-from lightning_tips.core import record_indices
+from lightning_tips.core import reason_of, record_indices
 
 
 def show_preview(arguments: list[str]) -> int:
@@ -50,6 +50,6 @@ def show_preview(arguments: list[str]) -> int:
         chosen.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         tips[0].draw(cli.trainer, batch, getattr(loader, "dataset", None), chosen.out)
     except (KeyError, TypeError, ValueError, MisconfigurationException) as error:
-        sys.exit(f"error: {error.args[0]}")
+        sys.exit(f"error: {reason_of(error)}")
     print(f"{chosen.out}: {tips[0].describe()}")
     return 0

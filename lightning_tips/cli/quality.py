@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_tips.cli.run import BuildCLI, check_checkpoint
 from lightning_tips.cli.sweep_bar import SweepBar
-from lightning_tips.core import Fit, callbacks_of, devices, loggers_of_fit, run_fits
+from lightning_tips.core import Fit, callbacks_of, devices, loggers_of_fit, reason_of, run_fits
 from lightning_tips.data import find_label_errors, stratified_folds
 from lightning_tips.data.duplicates import groups_of_copies, match
 from lightning_tips.data.held_out import LogitRecord
@@ -66,7 +66,7 @@ def check_quality(arguments: list[str]) -> int:
         print(duplicate_table(copies))
         suspects, failed = _find_suspects(cli, loaders, readings, copies, rest, out, chosen)
     except (ValueError, TypeError, KeyError, FileNotFoundError, MisconfigurationException) as error:
-        sys.exit(f"error: {error.args[0] if error.args else error}")
+        sys.exit(f"error: {reason_of(error)}")
     names = next((found for one in readings.values() if (found := class_names(one.dataset))), [])
     if suspects:
         print(suspect_table(suspects, names))

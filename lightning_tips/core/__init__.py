@@ -28,7 +28,7 @@ from lightning_tips.core.loaders import (
 )
 from lightning_tips.core.loggers import leaves_files, log_numbers, log_picture, log_rows, report_folder
 from lightning_tips.core.logit_watcher import LogitWatcher
-from lightning_tips.core.messages import did_you_mean, say
+from lightning_tips.core.messages import did_you_mean, reason_of, say
 from lightning_tips.core.mixin import TipMixin
 from lightning_tips.core.moments import Outputs, ReplacedStep, changed_outputs
 from lightning_tips.core.monitor import Monitor
@@ -102,6 +102,7 @@ __all__ = [
     "on_rank_zero",
     "parameter_hash",
     "raise_together",
+    "reason_of",
     "rebuild_optimizer",
     "recalls",
     "record_indices",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import dis
+import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,8 +17,10 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 from tqdm.auto import tqdm
 
+from lightning_tips.core.apart import look_apart
 from lightning_tips.core.batch import targets_of
 from lightning_tips.core.labels import Array, as_labels, as_values
+from lightning_tips.core.messages import reason_of
 from lightning_tips.core.untouched import same_random_numbers
 
 __all__ = ["find_labels", "forget_labels", "stored_labels"]
@@ -23,6 +28,9 @@ __all__ = ["find_labels", "forget_labels", "stored_labels"]
 Convert: TypeAlias = Callable[[Any], Array]
 
 _LOOKED_AT = 8  # samples, to see whether a dataset gives out the labels that it keeps
+_ROUNDS = 4  # in which they must come with the same labels, if those are to count for more than the kept ones
+_SECONDS = 120.0  # for that
+_LONGEST = 100_000  # numbers in an element that could be a row of labels
 
 _seen: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, str], Array]] = weakref.WeakKeyDictionary()
 
@@ -32,10 +40,10 @@ def find_labels(dataset: Any, target_key: str | None = None, progress: bool = Tr
 
     Looked for in this order: the attributes ``targets`` and ``labels`` (through ``target_transform``, if there is one),
     the pairs in ``samples`` (torchvision's folders), the tensors of a ``TensorDataset``; in a ``Subset`` and a
-    ``ConcatDataset`` for each part, to any depth. They are compared with those of a few samples. Otherwise, or where
-    samples give other labels, every sample is fetched once, with a progress bar, and what was found is kept until a fit
-    with tips begins or samples no longer agree. That leaves the global random generators as they were. It is done on
-    each rank; all find the same, unless the dataset draws its labels at random.
+    ``ConcatDataset`` for each part, to any depth; see :func:`stored_labels`. Otherwise, or where samples give other
+    labels, every sample is fetched once, with a progress bar, and what was found is kept until a fit with tips begins
+    or samples no longer agree. That leaves the global random generators as they were. It is done on each rank; all find
+    the same, unless the dataset draws its labels at random.
 
     Args:
         dataset: A dataset with a length and integer indices.
@@ -61,9 +69,9 @@ def find_labels(dataset: Any, target_key: str | None = None, progress: bool = Tr
             f"{type(dataset).__name__} is no dataset with __getitem__ and __len__; pass the labels instead."
         )
     convert = as_values if raw else as_labels
-    labels = stored_labels(dataset, convert, target_key)
+    labels, keeps_others = _stored(dataset, convert, target_key)
     if labels is None:
-        labels = _one_pass(dataset, target_key, progress, convert)
+        labels = _one_pass(dataset, target_key, progress, convert, apart=keeps_others)
     if len(labels) != len(dataset):
         raise ValueError(f"{type(dataset).__name__} has {len(dataset)} samples but {len(labels)} labels.")
     return labels
@@ -72,8 +80,12 @@ def find_labels(dataset: Any, target_key: str | None = None, progress: bool = Tr
 def stored_labels(dataset: Any, convert: Convert = as_labels, target_key: str | None = None) -> Array | None:
     """The labels as the dataset keeps them; None if it does not, or if its samples come with others.
 
-    A subclass may change what it inherits, a wrapper pass on an attribute of what it wraps, and ``labels`` may be the
-    names of the classes. A few samples tell: what a module sees are theirs.
+    What a class keeps and gives out itself is believed. Where there is a doubt a few samples tell: in a wrapper that
+    passes on the attributes of what it wraps (``__getattr__``), in a subclass with a ``__getitem__`` of its own beside
+    labels that it inherits, and where what is kept is no class ids (``labels`` may be names). What is kept holds if any
+    part of the samples agrees with it, if they do not tell which part is the label (three or more parts and no
+    ``target_key`` that leads to it), or if they come with other labels each time. They are read apart, see
+    :func:`look_apart`.
 
     Args:
         dataset: With a length and integer indices.
@@ -84,27 +96,45 @@ def stored_labels(dataset: Any, convert: Convert = as_labels, target_key: str | 
         TypeError: If the labels are no classes, and samples have no others.
         ValueError: If they are not one for each sample, and samples have no others.
     """
-    kept, problem = None, None
+    return _stored(dataset, convert, target_key)[0]
+
+
+def _stored(dataset: Any, convert: Convert, target_key: str | None) -> tuple[Array | None, bool]:
+    """:func:`stored_labels`, and whether any are kept, be they those of the samples or not."""
+    problem = None
     try:
         found = _kept(dataset, convert)
         if found is None:
-            return None
+            return None, False
         kept = convert(found)
         if len(kept) != len(dataset):
             raise ValueError(f"{type(dataset).__name__} has {len(dataset)} samples but {len(kept)} labels.")
     except (TypeError, ValueError) as error:
         problem = error
-    if problem is None and type(dataset) is TensorDataset:
-        return kept
-    places = _spread(kept if problem is None else None, len(dataset))
-    given = _given(dataset, places, target_key, convert)
-    if problem is not None:
+    if problem is None:
+        if not _is_doubtful(dataset) or not _samples_have_others(dataset, kept, target_key, convert):
+            return kept, True
+    else:
+        places = _spread(None, len(dataset))
+        given = _looks(dataset, places, target_key, convert)[0].told_labels
         if given is None or _agree_as_numbers(dataset, places, given):
             raise problem
-    elif given is None or (kept is not None and _agree(kept[places], given)):
-        return kept
     _tell_of_others(dataset)
-    return None
+    return None, True
+
+
+def _samples_have_others(dataset: Any, kept: Array, target_key: str | None, convert: Convert) -> bool:
+    """Whether samples come with labels that are not the kept ones, and time and again with the same."""
+    places = _spread(kept, len(dataset))
+    kept = kept[places]
+    looks: list[_Look] = []
+    for rounds in (1, _ROUNDS):  # most need no more than one
+        looks = _looks(dataset, places, target_key, convert, rounds)
+        given = looks[0].told_labels
+        if given is None or any(_agree(kept, part) for part in (given, *looks[0].parts)):
+            return False
+    first, *others = [look.told_labels for look in looks]
+    return first is not None and all(other is not None and _agree(first, other) for other in others)
 
 
 def _agree_as_numbers(dataset: Any, places: NDArray[np.int64], given: Array) -> bool:
@@ -146,6 +176,18 @@ def _kept(dataset: Any, convert: Convert) -> Any:
             raise ValueError("The TensorDataset has inputs only, no labels; pass the labels.")
         return dataset.tensors[1]
     wrong = []
+    for name, found in _attributes(dataset):
+        if len(found) == len(dataset):
+            return _transformed(found, getattr(dataset, "target_transform", None), convert)
+        if len(found) and not isinstance(next(iter(found)), str):  # names of the classes are often called labels
+            wrong.append(f"{len(found)} {name}")
+    if wrong:
+        raise ValueError(f"{type(dataset).__name__} has {len(dataset)} samples but {' and '.join(wrong)}.")
+    return None
+
+
+def _attributes(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """Those that may be labels, the likeliest first."""
     for name in ("targets", "labels", "samples"):
         found = getattr(dataset, name, None)
         if found is None or callable(found) or not hasattr(found, "__len__"):
@@ -154,13 +196,7 @@ def _kept(dataset: Any, convert: Convert) -> Any:
             if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in found[:1]):
                 continue
             found = [pair[1] for pair in found]
-        if len(found) == len(dataset):
-            return _transformed(found, getattr(dataset, "target_transform", None), convert)
-        if len(found) and not isinstance(next(iter(found)), str):  # names of the classes are often called labels
-            wrong.append(f"{len(found)} {name}")
-    if wrong:
-        raise ValueError(f"{type(dataset).__name__} has {len(dataset)} samples but {' and '.join(wrong)}.")
-    return None
+        yield name, found
 
 
 def _transformed(labels: Any, transform: Any, convert: Convert) -> Any:
@@ -175,21 +211,29 @@ def _transformed(labels: Any, transform: Any, convert: Convert) -> Any:
         return convert([transform(label) for label in known.tolist()])[places]
 
 
-def _one_pass(dataset: Any, target_key: str | None, progress: bool, convert: Convert) -> Array:
+def _one_pass(dataset: Any, target_key: str | None, progress: bool, convert: Convert, apart: bool) -> Array:
+    """Of every sample; ``apart`` where it has labels otherwise, so that nobody expects it to be read here."""
+
+    def read(whole: Any) -> Array:
+        numbers = tqdm(
+            range(len(whole)),
+            desc=f"Reading the labels of {type(whole).__name__}",
+            disable=None if progress else True,
+            leave=False,
+        )
+        return convert([_label(whole[i], whole, target_key) for i in numbers])
+
     try:
         cache = _seen.setdefault(dataset, {})
     except TypeError:  # cannot be hashed or referred to weakly
         cache = {}
     key = (target_key, convert.__name__)
     if key not in cache or not _still(cache[key], dataset, target_key, convert):
-        with same_random_numbers():
-            numbers = tqdm(
-                range(len(dataset)),
-                desc=f"Reading the labels of {type(dataset).__name__}",
-                disable=None if progress else True,
-                leave=False,
-            )
-            cache[key] = convert([_label(dataset[i], dataset, target_key) for i in numbers])
+        if apart:
+            cache[key] = look_apart(read, dataset)
+        else:
+            with same_random_numbers():
+                cache[key] = read(dataset)
     return cache[key]
 
 
@@ -198,7 +242,7 @@ def _still(labels: Array, dataset: Any, target_key: str | None, convert: Convert
     if len(labels) != len(dataset):
         return False
     places = _spread(labels, len(dataset))
-    given = _given(dataset, places, target_key, convert)
+    given = _looks(dataset, places, target_key, convert)[0].labels
     return given is None or _agree(labels[places], given)
 
 
@@ -209,10 +253,45 @@ def _label(sample: Any, dataset: Any, target_key: str | None) -> Any:
         label = targets_of(sample, target_key)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"No labels can be found in {type(dataset).__name__}: {error.args[0]}. Give the dataset an attribute"
+            f"No labels can be found in {type(dataset).__name__}: {reason_of(error)}. Give the dataset an attribute"
             " `targets`, or pass the labels to the sampler."
         ) from error
     return label.tolist() if isinstance(label, torch.Tensor | np.ndarray) else label
+
+
+# ---- whether to look at samples
+
+
+def _is_doubtful(dataset: Any) -> bool:
+    """Whether what it keeps may be the labels of other samples than those that it gives out."""
+    order = type(dataset).__mro__
+    getters = [cls for cls in order if "__getitem__" in vars(cls) and cls is not Dataset]
+    for known in (Subset, ConcatDataset, TensorDataset):
+        if isinstance(dataset, known):
+            inside = getattr(dataset, "datasets", [dataset.dataset] if isinstance(dataset, Subset) else [])
+            return getters[0] is not known or any(_is_doubtful(part) for part in inside)
+    name = next((name for name, found in _attributes(dataset) if len(found) == len(dataset)), None)
+    if name is None:
+        return False
+    if name not in getattr(dataset, "__dict__", {}) and not any(name in vars(cls) for cls in order):
+        return True  # of what it wraps
+    if len(getters) < 2:
+        return False
+    keeper = next((at for at, cls in enumerate(order) if _sets(cls, name)), len(order))
+    return order.index(getters[0]) < keeper
+
+
+def _sets(cls: type, name: str) -> bool:
+    """Whether labels of that name are the class's own: an attribute of it, or set by one of its methods."""
+    if name in vars(cls):
+        return True
+    for part in vars(cls).values():
+        method = inspect.unwrap(part) if isinstance(part, FunctionType) else None
+        if isinstance(method, FunctionType) and name in method.__code__.co_names:
+            found = dis.get_instructions(method)
+            if any(one.opname == "STORE_ATTR" and one.argval == name for one in found):
+                return True
+    return False
 
 
 # ---- what the samples say
@@ -233,19 +312,73 @@ def _spread(labels: Array | None, total: int) -> NDArray[np.int64]:
     return np.unique(places)
 
 
-def _given(dataset: Any, places: NDArray[np.int64], target_key: str | None, convert: Convert) -> Array | None:
-    """The labels that samples come with; None where they come with none that can be read."""
+@dataclass
+class _Look:
+    """What a few samples come with.
+
+    Attributes:
+        labels: What counts as their labels; None where they come with none that can be read.
+        told: Whether they tell that it is the label: by a name, or as the second of two.
+        parts: Whatever else in them could be labels, unless the label was named.
+    """
+
+    labels: Array | None
+    told: bool
+    parts: list[Array]
+
+    @property
+    def told_labels(self) -> Array | None:
+        """The labels if there is no doubt that they are."""
+        return self.labels if self.told else None
+
+
+def _looks(
+    dataset: Any,
+    places: NDArray[np.int64],
+    target_key: str | None,
+    convert: Convert,
+    rounds: int = 1,
+) -> list[_Look]:
+    def look(whole: Any) -> list[_Look]:
+        return [_look(whole, places, target_key, convert) for _ in range(rounds)]
+
     try:
-        with same_random_numbers():
-            twin = _apart(dataset)
-            found = convert([_label(twin[int(place)], dataset, target_key) for place in places])
+        return look_apart(look, dataset, _SECONDS)
     except Exception:  # of whatever kind: what is kept is then all there is, and training will tell
-        return None
-    if found.ndim > 2:
-        return None  # an image: a second view, or a mask
-    if len(places) < len(dataset) and np.array_equal(found, places):
-        return None  # the sample's own number
-    return found
+        return [_Look(None, False, [])] * rounds
+
+
+def _look(dataset: Any, places: NDArray[np.int64], target_key: str | None, convert: Convert) -> _Look:
+    samples = [dataset[int(place)] for place in places]
+    dicts = all(isinstance(sample, Mapping) for sample in samples)
+    named = target_key is not None and (dicts or "." in target_key)  # in tuples a plain key is passed over
+    try:
+        labels = convert([_label(sample, dataset, target_key) for sample in samples])
+    except Exception:  # whatever converting what is no label may raise
+        return _Look(None, False, [])
+    if labels.ndim > 2:
+        return _Look(None, False, [])  # an image: a second view, or a mask
+    if len(places) < len(dataset) and np.array_equal(labels, places):
+        return _Look(None, False, [])  # the sample's own number
+    told = named or dicts or all(len(sample) == 2 for sample in samples)
+    return _Look(labels, told, [] if named else list(_parts(samples, convert)))
+
+
+def _parts(samples: list[Any], convert: Convert) -> Iterator[Array]:
+    rows = [sample if isinstance(sample, Mapping) else dict(enumerate(sample)) for sample in samples]
+    for name in rows[0]:
+        try:
+            values = [row[name] for row in rows]
+            if all(_may_be_labels(value) for value in values):
+                yield convert([v.tolist() if isinstance(v, torch.Tensor | np.ndarray) else v for v in values])
+        except Exception:  # no labels, whatever it is
+            continue
+
+
+def _may_be_labels(value: Any) -> bool:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return value.ndim < 2 and len(value.reshape(-1)) <= _LONGEST
+    return isinstance(value, int | float | np.generic) or (isinstance(value, list | tuple) and len(value) <= _LONGEST)
 
 
 def _agree(kept: Array, given: Array) -> bool:
@@ -256,24 +389,3 @@ def _agree(kept: Array, given: Array) -> bool:
     if kept.dtype.kind != "f" or given.dtype.kind != "f":
         return np.array_equal(kept, given)
     return kept.shape == given.shape and np.allclose(kept, given, rtol=1e-3, equal_nan=True)  # perhaps rounded
-
-
-def _apart(dataset: Any) -> Any:
-    """A shallow copy, if one can be had: what a sample makes its dataset open and keep is not left to its workers.
-
-    Files that are opened with the first sample must be opened in each worker anew.
-    """
-    if hasattr(type(dataset), "__del__"):  # may close what the two share
-        return dataset
-    try:
-        twin = copy.copy(dataset)
-        if twin is dataset:
-            return dataset
-        for name, part in list(vars(twin).items()):
-            if isinstance(part, Dataset):
-                vars(twin)[name] = _apart(part)
-            elif isinstance(part, list) and any(isinstance(p, Dataset) for p in part[:1]):
-                vars(twin)[name] = [_apart(p) for p in part]
-    except Exception:
-        return dataset
-    return twin

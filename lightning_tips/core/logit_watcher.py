@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_tips.core.messages import reason_of
 from lightning_tips.core.moments import Outputs
 
 __all__ = ["LogitWatcher"]
@@ -62,8 +63,8 @@ class LogitWatcher(pl.Callback):
             return
         try:
             self._outputs.keep(batch, self.target_key)
-        except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
-            raise MisconfigurationException(f"{type(self).__name__}: {error.args[0]}") from error
+        except (KeyError, TypeError) as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {reason_of(error)}") from error
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives them to :meth:`watched`."""

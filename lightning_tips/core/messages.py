@@ -33,3 +33,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     folded = {name.lower(): name for name in known}
     near = [folded[name] for name in difflib.get_close_matches(wrong.lower(), folded, n=3, cutoff=0.6)]
     return f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else f"Known: {', '.join(known)}."
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of an error. ``str()`` of a ``KeyError`` would be in quotes, and some errors have no message."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or repr(error)

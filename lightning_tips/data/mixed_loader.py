@@ -26,6 +26,7 @@ from lightning_tips.core import (
     SeekableSampler,
     did_you_mean,
     inputs_of,
+    reason_of,
     replace_targets,
     resumable,
     sampler_ranks,
@@ -117,7 +118,7 @@ class RelabelledDataset(Dataset[Any]):
         try:
             value = _label_like(targets_of(like, self.target_key), label)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"The training samples have no label to be found: {error.args[0]}") from error
+            raise ValueError(f"The training samples have no label to be found: {reason_of(error)}") from error
         nested = self.target_key is not None and "." in self.target_key
         if isinstance(like, Mapping) and not nested:
             return self._as_mapping(sample, like, value)

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_tips.core import agree, callbacks_of, inputs_of
+from lightning_tips.core import agree, callbacks_of, inputs_of, reason_of
 from lightning_tips.core.lightning_private import batch_on_device
 from lightning_tips.data.pseudo_labels import Outputs, as_probabilities
 
@@ -89,8 +89,8 @@ def teacher_probabilities(
 def _inputs_of(batch: Any, input_key: str | None) -> Any:
     try:
         return inputs_of(batch, input_key)
-    except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
-        raise MisconfigurationException(f"PseudoLabelCallback: {error.args[0]}") from error
+    except (KeyError, TypeError) as error:
+        raise MisconfigurationException(f"PseudoLabelCallback: {reason_of(error)}") from error
 
 
 # ---- who it is

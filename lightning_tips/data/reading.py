@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 
-from lightning_tips.core import as_labels, inputs_of, targets_of
+from lightning_tips.core import as_labels, inputs_of, reason_of, targets_of
 from lightning_tips.data.fingerprints import Fingerprints, hash_sample, image_thumbnails
 
 __all__ = ["Reading", "class_names", "file_of", "read_dataset", "without_randomness"]
@@ -141,7 +141,7 @@ def _read(
                 found = [targets_of(sample, target_key) for sample in batch]
                 labels += [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in found]
             except (KeyError, TypeError) as error:
-                problem = str(error.args[0])
+                problem = reason_of(error)
         bar.update(len(batch))
     bar.close()
     classes = None

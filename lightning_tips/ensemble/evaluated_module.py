@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from lightning_tips.core import log_picture, on_rank_zero, report_folder, targets_of
+from lightning_tips.core import log_picture, on_rank_zero, reason_of, report_folder, targets_of
 from lightning_tips.ensemble.calibration import reliability
 from lightning_tips.ensemble.evaluation import combine, scores, whole_split
 from lightning_tips.ensemble.outputs import watched_forward
@@ -47,8 +47,8 @@ class EvaluatedModule(VotingModule):
         running = self._running
         try:
             targets = targets_of(batch, self.target_key)
-        except (KeyError, TypeError) as error:  # str() of a KeyError would be in quotes
-            raise MisconfigurationException(f"{type(self).__name__}: {error.args[0]}") from error
+        except (KeyError, TypeError) as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {reason_of(error)}") from error
         members: list[Tensor] = []
         for index, member in enumerate(self.members):
             self._bring(index)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_tips.core import callbacks_of, split_train_loader
+from lightning_tips.core import callbacks_of, reason_of, split_train_loader
 from lightning_tips.core.lightning_private import forget_train_loaders
 from lightning_tips.ensemble.callback import EnsembleCallback
 from lightning_tips.ensemble.checkpoints import (
@@ -311,7 +311,7 @@ class EnsembleModule(EvaluatedModule):
             with torch.autocast(self.device.type, enabled=False), self.trainer.precision_plugin.forward_context():
                 self._stack([self._first_of(index, batch) for index in range(len(self.members))])
         except (KeyError, TypeError, ValueError) as error:
-            raise MisconfigurationException(f"These members cannot vote: {error.args[0]}") from error
+            raise MisconfigurationException(f"These members cannot vote: {reason_of(error)}") from error
         finally:
             for module, training in modes:
                 module.training = training

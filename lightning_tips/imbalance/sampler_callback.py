@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -143,7 +144,10 @@ class ImbalancedSamplerCallback(LoaderTip):
                 f" {loader.sampler.batch_size}: the minimum of each class would not hold. Use sampler.loader(dataset)."
             )
         if isinstance(loader.sampler, ImbalancedSampler):
-            return resumable(copy.copy(loader))  # the user's own one comes out of the run as it went in
+            # The user's own loader and sampler come out of the run as they went in. The sampler itself is used, not a
+            # copy: somebody who holds it may change its mix as the run goes on.
+            self.on_release(partial(_go_back, loader.sampler, loader.sampler.epoch, loader.sampler._start))
+            return resumable(copy.copy(loader))
         if isinstance(loader.dataset, IterableDataset):
             raise MisconfigurationException(
                 f"{type(self).__name__} cannot choose from {type(loader.dataset).__name__}: an IterableDataset decides"
@@ -218,6 +222,10 @@ class ImbalancedSamplerCallback(LoaderTip):
             drawn = sampler.draws_per_class()[: len(sampler.counts)]
             picture = f"class_balance_{number}" if number else "class_balance"
             show_balance(trainer, sampler.counts, drawn, "drawn an epoch", names, picture)
+
+
+def _go_back(sampler: ImbalancedSampler, epoch: int, start: tuple[int, int] | None) -> None:
+    sampler.epoch, sampler._start = epoch, start
 
 
 class ImbalancedSamplerMixin(TipMixin):
