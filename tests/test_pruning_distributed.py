@@ -1,9 +1,67 @@
 """Pruning on two ranks: equal after every step, in every setting."""
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_tips import LayerPruningCallback
+from lightning_tips.core import parameter_hash
 
 import worker
+from harness import PlainData, ResidualModule, fit
 from processes import on_two_ranks
+from prunable import pruning
+
+
+class Shards(IterableDataset):
+    """Rank 1 has fewer samples than rank 0."""
+
+    def __init__(self, data: PlainData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 48 - 32 * torch.distributed.get_rank()
+        return iter(zip(self.data.images[-number:], self.data.labels[-number:], strict=True))
+
+
+class UnevenData(PlainData):
+    def val_dataloader(self) -> Any:
+        return DataLoader(Shards(self), batch_size=8)
+
+
+class Alone(ResidualModule):
+    """Waits for no other rank in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.nn.functional.cross_entropy(self(batch[0]), batch[1]), sync_dist=False)
+
+
+def uneven(folder: Path) -> list[tuple[str, list[str]]]:
+    warnings.filterwarnings(
+        "ignore",
+        "It is recommended to use|Your .IterableDataset. has|.*have many workers|.broadcast_buffers. is deprecated",
+    )
+    metric: dict[str, Any] = {"criterion": "metric", "monitor": "val_loss", "mode": "min", "samples": 256}
+    found = []
+    for tip in (
+        LayerPruningCallback(target={"macs": 0.7}, schedule="one_shot", start_epoch=1, **metric),
+        pruning(criterion="mean_activation", samples=256),
+    ):
+        options: dict[str, Any] = {"devices": 2, "strategy": DDPStrategy(broadcast_buffers=False), "max_epochs": 3}
+        trainer = fit(tip, folder=folder, data=UnevenData(), module=Alone(), **options)
+        found.append((parameter_hash(trainer.lightning_module), [str(event) for event in tip.events]))
+    return found
+
+
+def test_ranks_may_have_other_numbers_of_validation_batches(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, uneven)
+    assert first == second
+    assert [len(events) for _, events in first] == [1, 2]
 
 
 def test_two_ranks_stay_equal_in_every_setting(tmp_path: Path) -> None:

@@ -67,7 +67,12 @@ class Watch(pl.Callback):
         if capture is not None:
             capture.remove()
             self.name = capture.name if self.name is None else self.name
-            self.sample.add(trainer, capture.inputs)
+            self.sample.note(trainer, capture.inputs)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes together what the ranks have seen."""
+        if trainer.state.fn == TrainerFn.VALIDATING and not self.sample.full:
+            self.sample.add_noted(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the module without hooks."""

@@ -53,26 +53,31 @@ def validation_metric(
             frame.eval()
         caught = CaughtLog()
         moved_batches = (moved(batch, device_of(whole)) for batch in batches)
-        with _apart(whole, caught), context(), caught.validation(whole, moved_batches):
-            if metric not in caught.names:
-                raise ValueError(
-                    f"criterion='metric' looks at {metric!r}, which validation_step does not log as a number."
-                    f" {did_you_mean(metric, caught.names)}"
-                )
-            return caught.value(metric)
+        try:
+            with _apart(whole, caught, module.trainer), context(), caught.validation(whole, moved_batches):
+                if metric not in caught.names:
+                    raise ValueError(
+                        f"criterion='metric' looks at {metric!r}, which validation_step does not log as a number."
+                        f" {did_you_mean(metric, caught.names)}"
+                    )
+                return caught.value(metric)
+        except RuntimeError as error:
+            raise ValueError(f"criterion='metric' runs validation_step on a copy of the module: {error}") from error
 
     return evaluate
 
 
 @contextmanager
-def _apart(module: pl.LightningModule, log: CaughtLog) -> Iterator[None]:
-    """While it is open, a copy of a module logs to ``log``, and nothing in it waits for other ranks."""
+def _apart(module: pl.LightningModule, log: CaughtLog, trainer: pl.Trainer) -> Iterator[None]:
+    """While it is open, a copy of a module can ask its trainer, logs to ``log``, and waits for no other rank."""
 
     def all_gather(data: Any, *_: Any, **__: Any) -> Any:  # in the form that it has with several ranks
-        return mapped(data, lambda tensor: tensor[None]) if module.trainer.world_size > 1 else data
+        return mapped(data, lambda tensor: tensor[None]) if trainer.world_size > 1 else data
 
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     with ExitStack() as stack:
+        module.trainer = trainer
+        stack.callback(setattr, module, "trainer", None)
         stack.enter_context(logs_nothing(module))
         module.__dict__.update({"log": log, "all_gather": all_gather})
         stack.callback(module.__dict__.pop, "all_gather")
@@ -146,7 +151,13 @@ class RanksByMetric(PruningCallback):
         """Keeps the batch, of the first loader."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         if dataloader_idx == 0 and self._keeps_batches(trainer):
-            self._validation.add(trainer, kept_batch(batch))
+            self._validation.note(trainer, kept_batch(batch))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes together what the ranks have kept."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self._keeps_batches(trainer):
+            self._validation.add_noted(trainer)
 
     def _keeps_batches(self, trainer: pl.Trainer) -> bool:
         return is_validation_of_fit(trainer) and self._by_metric and not self._finished and not self._validation.full

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -261,22 +262,43 @@ class Sample:
         """Forgets all, to begin anew."""
         self.batches: list[Inputs] = []
         self.full = False
+        self._mine: list[Inputs] = []
+        self._enough = False
 
     def add(self, trainer: pl.Trainer, inputs: Inputs | None) -> None:
         """Adds what the ranks were given in this batch. All ranks call it in the same batches."""
-        have = sum(batch_size(batch) for batch in self.batches)
-        mine = None
-        if inputs is not None:
-            each = max(1.0, size_in_bytes(inputs) / max(1, batch_size(inputs)))
-            room = int((self.megabytes * 2**20 - size_in_bytes(self.batches)) / each)
-            if not self.batches:
-                room = max(2 * trainer.world_size, room)
-            wanted = -(-min(self.samples - have, room) // trainer.world_size)
-            mine = first_samples(inputs, wanted) if wanted > 0 else None
+        mine = None if inputs is None else self._part(self.batches, 1, inputs, trainer.world_size)
         new = [batch for batch in gather(trainer, mine) if batch is not None]
         self.batches += new
         enough = sum(batch_size(batch) for batch in self.batches) >= self.samples
         self.full = enough or bool(self.batches and not new)
+
+    def note(self, trainer: pl.Trainer, inputs: Inputs | None) -> None:
+        """Notes what this rank was given, for :meth:`add_noted`: other ranks may have fewer batches, or none."""
+        if inputs is not None and not self._enough:
+            part = self._part(self._mine, trainer.world_size, inputs, trainer.world_size)
+            self._mine += [] if part is None else [part]
+            noted = trainer.world_size * sum(batch_size(batch) for batch in self._mine)
+            self._enough = part is None or noted >= self.samples
+
+    def add_noted(self, trainer: pl.Trainer) -> None:
+        """Adds what the ranks have noted, batch by batch. All ranks call it."""
+        noted = gather(trainer, (self._mine, self._enough))
+        rounds = zip_longest(*(batches for batches, _ in noted))
+        self.batches += [batch for batches in rounds for batch in batches if batch is not None]
+        enough = sum(batch_size(batch) for batch in self.batches) >= self.samples
+        self.full = enough or (bool(self.batches) and all(enough for _, enough in noted))
+        self._mine, self._enough = [], False
+
+    def _part(self, held: list[Inputs], ranks: int, inputs: Inputs, world_size: int) -> Inputs | None:
+        """What is to be kept of a rank's batch, where ``ranks`` hold each as much as ``held``."""
+        have = ranks * sum(batch_size(batch) for batch in held)
+        each = max(1.0, size_in_bytes(inputs) / max(1, batch_size(inputs)))
+        room = int((self.megabytes * 2**20 - ranks * size_in_bytes(held)) / each)
+        if not held:
+            room = max(2 * world_size, room)
+        wanted = -(-min(self.samples - have, room) // world_size)
+        return first_samples(inputs, wanted) if wanted > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""

@@ -56,7 +56,13 @@ class FilterSteps(PruningCallback):
             self._validation.clear()
 
     def _take_validation(self, trainer: pl.Trainer, inputs: Inputs | None) -> None:
-        self._validation.add(trainer, inputs)
+        self._validation.note(trainer, inputs)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes together what the ranks have seen."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if is_validation_of_fit(trainer) and self._wants_validation():
+            self._validation.add_noted(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
