@@ -1,0 +1,101 @@
+"""Ranks that log other metrics, or have other data, than the next: one answer on all of them, or all refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_tips import ReplayCallback
+
+from harness import LoaderData, PlainModule, fit
+from processes import on_two_ranks
+
+RARELY: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "check_val_every_n_epoch": 9}
+TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp", "num_sanity_val_steps": 0}
+
+
+def error_of(*tips: Any, **arguments: Any) -> str:
+    """What a run ends with, as text; empty if nothing."""
+    try:
+        fit(*tips, **arguments)
+    except Exception as error:  # whatever it is
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# ---- scores of replay
+
+
+class ByClass(PlainModule):
+    """Logs a number and a metric for the classes that a batch has."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.sure = torch.nn.ModuleDict({str(c): MeanMetric() for c in range(4)})
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        probabilities = self(batch[0]).softmax(1)
+        for c in batch[1].unique().tolist():
+            of_class = probabilities[batch[1] == c]
+            self.log(f"first_{c}", of_class[:, 0].mean(), batch_size=len(of_class))
+            self.sure[str(c)].update(of_class.amax(1))
+            self.log(f"sure_{c}", self.sure[str(c)])
+
+
+class Silent(PlainModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+class AllOnOne(IterableDataset):
+    """Of two ranks, one gets all samples."""
+
+    def __init__(self, samples: TensorDataset, rank: int) -> None:
+        self.samples, self.rank = samples, rank
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.samples if torch.distributed.get_rank() == self.rank else ())
+
+
+class Sorted(LoaderData):
+    """Of the validation samples that go to rank 0 all have even classes."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__()
+        self.only = only
+
+    def val_dataloader(self) -> DataLoader:
+        known = [(self.labels == c).nonzero()[:8, 0] for c in range(4)]
+        order = torch.stack([torch.cat([known[0], known[2]]), torch.cat([known[1], known[3]])], 1).flatten()
+        samples: Any = TensorDataset(self.images[order], self.labels[order])
+        if self.only is not None:
+            samples = AllOnOne(samples, self.only)
+        return DataLoader(samples, batch_size=3)
+
+
+def scores(folder: Path) -> list[Any]:
+    found: list[Any] = []
+    for only in (None, 0, 1):
+        tip = ReplayCallback(old_validation=None)
+        fit(tip, folder=folder, data=Sorted(only), module=ByClass(), **RARELY, **TWO)
+        found.append(tip.before["new"])
+    tip = ReplayCallback(old_validation=None)
+    return [*found, error_of(tip, folder=folder, data=Sorted(), module=Silent(), **RARELY, **TWO)]
+
+
+def test_scores_where_ranks_log_other_names_are_those_of_one_rank(tmp_path: Path) -> None:
+    tip = ReplayCallback(old_validation=None)
+    fit(tip, folder=tmp_path, data=Sorted(), module=ByClass(), **RARELY)
+    ranks = on_two_ranks(tmp_path, scores)
+    assert ranks[0] == ranks[1]
+    assert len(tip.before["new"]) == 8
+    for found in ranks[0][:3]:
+        assert found == pytest.approx(tip.before["new"])
+    assert "Silent logs nothing in validation_step" in ranks[0][3]
