@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_tips import ReplayCallback
+from lightning_tips import PseudoLabelCallback, ReplayCallback
 
 from harness import LoaderData, PlainModule, fit
 from processes import on_two_ranks
@@ -99,3 +99,56 @@ def test_scores_where_ranks_log_other_names_are_those_of_one_rank(tmp_path: Path
     for found in ranks[0][:3]:
         assert found == pytest.approx(tip.before["new"])
     assert "Silent logs nothing in validation_step" in ranks[0][3]
+
+
+# ---- pseudo-labels
+
+
+class Split(LoaderData):
+    """What is labelled, or what is not, is other on the second rank."""
+
+    def __init__(self, differs: str) -> None:
+        super().__init__()
+        self.differs = differs
+
+    def shift(self, what: str) -> int:
+        return int(self.differs == what and torch.distributed.get_rank())
+
+    def train_dataloader(self) -> DataLoader:
+        start = 8 * self.shift("labelled")
+        return DataLoader(Subset(self.train, range(start, start + 64)), batch_size=32, shuffle=True)
+
+    def unlabelled_dataset(self) -> Any:
+        whole = super().unlabelled_dataset()
+        if self.differs == "random":
+            return Noisy(whole.tensors[0])
+        start = self.shift("first")  # all of them but one are there on both ranks
+        places = [*range(start, 33), 32 + self.shift("place")]
+        return Subset(whole, places[: len(places) - self.shift("length")])
+
+
+class Noisy(TensorDataset):
+    """Draws from a generator of its own: of the same place, another sample on each rank."""
+
+    def __getitem__(self, index: int) -> Any:
+        return self.tensors[0][index] + torch.rand((), generator=GENERATOR)
+
+
+GENERATOR = torch.Generator()
+
+
+def splits(folder: Path) -> list[str]:
+    GENERATOR.seed()
+    found = []
+    for differs in ("nothing", "random", "labelled", "first", "place", "length"):
+        tip = PseudoLabelCallback(start_epoch=1, max_drop=None)
+        found.append(error_of(tip, folder=folder, data=Split(differs), max_epochs=1, limit_val_batches=0, **TWO))
+    return found
+
+
+def test_pseudo_labels_are_refused_where_ranks_have_other_samples(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, splits)
+    assert first == second
+    assert first[:2] == ["", ""]
+    assert all("The ranks have different labelled or unlabelled data" in text for text in first[2:])
+    assert all("A split without a seed does that" in text for text in first[2:])
