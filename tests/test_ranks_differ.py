@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_class_report import Clouds, Linear
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_tips import PseudoLabelCallback, ReplayCallback
+from lightning_tips import ClassReportCallback, ClassWeightCallback, PseudoLabelCallback, ReplayCallback
 
 from harness import LoaderData, PlainModule, fit
 from processes import on_two_ranks
@@ -152,3 +153,36 @@ def test_pseudo_labels_are_refused_where_ranks_have_other_samples(tmp_path: Path
     assert first[:2] == ["", ""]
     assert all("The ranks have different labelled or unlabelled data" in text for text in first[2:])
     assert all("A split without a seed does that" in text for text in first[2:])
+
+
+# ---- counts of the classes
+
+
+class Unlike(Clouds):
+    """The second rank has more of the rare class, in training."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Clouds(60 + 30 * torch.distributed.get_rank()).sets[0], batch_size=40)
+
+
+def counted(folder: Path) -> list[str]:
+    def ended(*tips: Any) -> str:
+        return error_of(
+            *tips, folder=folder, data=Unlike(), module=Linear(), max_epochs=1, limit_train_batches=2, **TWO
+        )
+
+    return [
+        ended(ClassWeightCallback()),
+        ended(ClassWeightCallback(logit_adjustment=1.0)),
+        ended(ClassWeightCallback([1.0, 9.0])),  # there the counts decide nothing
+        ended(ClassWeightCallback([1.0, 9.0]), ClassReportCallback()),
+    ]
+
+
+def test_other_counts_on_another_rank_are_refused_where_they_decide(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, counted)
+    assert first == second
+    assert first[2] == ""
+    for text, asker in ((first[0], "ClassWeight"), (first[1], "ClassWeight"), (first[3], "ClassReport")):
+        assert f"different training labels, so {asker}Callback cannot go by how many there are" in text
+        assert "A split without a seed does that" in text
