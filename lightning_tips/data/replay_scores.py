@@ -43,7 +43,8 @@ def validation_scores(trainer: pl.Trainer, loader: Iterable[Any]) -> dict[str, f
 
     Args:
         trainer: In fit, between two steps.
-        loader: Batches as validation gets them; ``limit_val_batches`` holds for them too.
+        loader: Batches as validation gets them; ``limit_val_batches`` holds for them too, a share of them is at
+            least one.
 
     Returns:
         By the names under which the module logs them.
@@ -52,8 +53,10 @@ def validation_scores(trainer: pl.Trainer, loader: Iterable[Any]) -> dict[str, f
         MisconfigurationException: If no rank logs anything; on all of them.
     """
     module = trainer.lightning_module
-    limit = trainer.limit_val_batches
-    most = None if limit == 1.0 else limit if isinstance(limit, int) else int(len(loader) * limit)  # type: ignore[arg-type]
+    most: int | float | None = trainer.limit_val_batches
+    if isinstance(most, float):
+        # A share of a small set is still a batch: without one there would be nothing to score.
+        most = None if most == 1.0 else max(1, int(len(loader) * most))  # type: ignore[arg-type]
     caught = CaughtLog()
     batches = (batch_on_device(trainer, batch) for batch in islice(loader, most))
     with (
