@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from test_class_report import Clouds, Linear
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_tips import ClassReportCallback, ClassWeightCallback, PseudoLabelCallback, ReplayCallback
+from lightning_tips.core import Monitor
 
 from harness import LoaderData, PlainModule, fit
 from processes import on_two_ranks
@@ -186,3 +189,41 @@ def test_other_counts_on_another_rank_are_refused_where_they_decide(tmp_path: Pa
     for text, asker in ((first[0], "ClassWeight"), (first[1], "ClassWeight"), (first[3], "ClassReport")):
         assert f"different training labels, so {asker}Callback cannot go by how many there are" in text
         assert "A split without a seed does that" in text
+
+
+# ---- a monitored metric
+
+
+class OnOneRank(PlainModule):
+    """Rank 0 logs nothing in validation, as where it gets no batch."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == 1:
+            self.log("val_loss", 0.5)
+
+
+class Watching(Callback):
+    def __init__(self, metric: str) -> None:
+        self.metric = Monitor(metric, "Watching")
+        self.seen: list[float | None] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.metric.on_validation_start(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.seen.append(self.metric.on_validation_end(trainer))
+
+
+def monitored(folder: Path) -> list[Any]:
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('val_loss', \.\.\., sync_dist=True\)`")
+    options: dict[str, Any] = {"folder": folder, "module": OnOneRank(), "max_epochs": 2} | TWO
+    options |= {"num_sanity_val_steps": 1}
+    right, wrong = Watching("val_loss"), Watching("val_los")
+    return [error_of(right, **options), right.seen, error_of(wrong, **options)]
+
+
+def test_a_metric_that_one_rank_logs_is_seen_by_all(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, monitored)
+    assert first == second
+    assert first[:2] == ["", [None, 0.5, 0.5]]  # the sanity check first
+    assert "waits for 'val_los', which nobody logs. Did you mean 'val_loss'?" in first[2]
