@@ -168,6 +168,14 @@ def test_scores_need_validation_even_if_it_is_far_off(tmp_path: Path) -> None:
         fit(ReplayCallback(epoch_size=64), folder=tmp_path, data=LoaderData(), max_epochs=1, limit_val_batches=0)
 
 
+def test_a_share_of_a_small_validation_set_is_a_batch(tmp_path: Path) -> None:
+    module, data = PlainModule(), LoaderData(batch_size=64)
+    expected = scored(module, data.old_val_dataset())
+    tip = ReplayCallback(epoch_size=64)
+    fit(tip, folder=tmp_path, module=module, data=data, max_epochs=1, limit_val_batches=0.5)
+    assert tip.before["old"]["val_acc"] == pytest.approx(expected)
+
+
 def test_resumed_run_compares_with_what_came_before_its_first_step(tmp_path: Path) -> None:
     first = ReplayCallback(epoch_size=128)
     trainer = fit(first, folder=tmp_path, data=LoaderData(), max_epochs=1)

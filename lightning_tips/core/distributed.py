@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -71,6 +71,20 @@ def raise_together(trainer: pl.Trainer, error: Exception | None) -> None:
         raise error
     if failed:
         raise MisconfigurationException(f"{failed} of {trainer.world_size} ranks cannot go on; they say why.")
+
+
+def gather_objects(trainer: pl.Trainer, mine: T) -> list[T]:
+    """Each rank's value, on all ranks, in their order; all of them must call.
+
+    Args:
+        trainer: The trainer of the running fit.
+        mine: Any picklable object, of this rank.
+    """
+    if trainer.world_size == 1:
+        return [mine]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, mine)
+    return values
 
 
 def gather_rows(trainer: pl.Trainer, mine: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_tips.core.distributed import agree
+from lightning_tips.core.distributed import gather_objects
 from lightning_tips.core.messages import did_you_mean
 
 # val_loss, valid/acc, loss.val, valLoss, but not value_loss or interval
@@ -40,6 +40,7 @@ class Monitor:
         self._there_before_validation = False
         self._missed = False
         self._validated = False
+        self._known: list[str] = []  # what any rank logs, when last asked for
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Raises when a validation metric is wanted and there is no validation."""
@@ -60,10 +61,10 @@ class Monitor:
             MisconfigurationException: After the sanity check, so before the first step, when a validation metric has
                 a name that is not logged.
         """
-        value, was_there, any_logged = self._on_rank_zero(trainer)
+        value, was_there = self._on_first_rank(trainer)
         if trainer.sanity_checking:
-            if value is None and any_logged and self._names_validation:
-                raise self._missing(trainer)
+            if value is None and self._known and self._names_validation:
+                raise self._missing()
             return None
         self._validated = True
         if self._source == "unknown" and value is not None and not was_there:
@@ -74,7 +75,7 @@ class Monitor:
         """The metric, if it is one of training."""
         if self._source == "validation":
             return None
-        value, _, _ = self._on_rank_zero(trainer)
+        value, _ = self._on_first_rank(trainer)
         if value is not None:
             self._source = "training"
             return self._checked(trainer, value)
@@ -85,7 +86,7 @@ class Monitor:
     def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
         """Raises when an epoch and a validation passed without the metric; their checkpoint is written."""
         if self._missed and self._source == "unknown":
-            raise self._missing(trainer)
+            raise self._missing()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -99,14 +100,17 @@ class Monitor:
     def _names_validation(self) -> bool:
         return _NAMES_VALIDATION.search(self.metric) is not None
 
-    def _on_rank_zero(self, trainer: pl.Trainer) -> tuple[float | None, bool, bool]:
-        """The metric, whether it was there before validation, and whether anything is logged: what rank 0 sees.
+    def _on_first_rank(self, trainer: pl.Trainer) -> tuple[float | None, bool]:
+        """The metric, and whether it was there before validation: what the first rank sees that has the metric.
 
-        All ranks ask, whatever they see themselves: a module may log on rank 0 alone.
+        All ranks ask, whatever they see themselves: a module may log on rank 0 alone, and rank 0 may have no batch.
         """
         metrics = trainer.callback_metrics
         value = float(metrics[self.metric]) if self.metric in metrics else None
-        return agree(trainer, (value, self._there_before_validation, bool(metrics)))
+        ranks = gather_objects(trainer, (value, self._there_before_validation, list(metrics)))
+        self._known = list(dict.fromkeys(name for _, _, names in ranks for name in names))
+        first = next((rank for rank in ranks if rank[0] is not None), ranks[0])
+        return first[0], first[1]
 
     def _checked(self, trainer: pl.Trainer, value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
@@ -116,9 +120,9 @@ class Monitor:
             )
         return value
 
-    def _missing(self, trainer: pl.Trainer) -> MisconfigurationException:
+    def _missing(self) -> MisconfigurationException:
         return MisconfigurationException(
             f"{self.asker} waits for {self.metric!r}, which nobody logs."
-            f" {did_you_mean(self.metric, trainer.callback_metrics)} (A metric logged in the module's own"
+            f" {did_you_mean(self.metric, self._known)} (A metric logged in the module's own"
             " on_train_epoch_end comes too late to be seen.)"
         )

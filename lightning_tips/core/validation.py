@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_tips.core.distributed import gather_objects
 
 __all__ = ["CaughtLog"]
 
@@ -42,22 +44,50 @@ class CaughtLog:
         """Under which the module logs."""
         return [*self._metrics, *self._sums]
 
-    def value(self, name: str, trainer: pl.Trainer | None = None) -> float:
-        """What was logged under one of the names, of the whole validation.
-
-        Args:
-            name: One of :attr:`names`.
-            trainer: The one whose ranks are taken together, all of which call; None: of this rank alone.
-        """
+    def value(self, name: str) -> float:
+        """What was logged under one of the names on this rank, of the whole validation."""
         if name in self._metrics:
             return float(self._metrics[name].compute())
         total, weights = self._sums[name]
-        if trainer is None:
-            return total / weights
-        pair: Tensor = torch.tensor([total, weights], dtype=torch.float32, device=trainer.strategy.root_device)
-        if trainer.world_size > 1:
-            pair = trainer.strategy.reduce(pair, reduce_op="sum")
-        return float(pair[0] / pair[1])
+        return total / weights
+
+    def values(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """What was logged on any rank, of the whole validation of all of them; all ranks must call.
+
+        A rank may have logged other names than the next, or none: by class, or where it got no batch.
+
+        Args:
+            trainer: The one whose ranks are taken together.
+            module: The one that logged.
+
+        Raises:
+            MisconfigurationException: On every rank, if a metric that only some have is no part of the module.
+        """
+        paths = {id(part): path for path, part in module.named_modules(remove_duplicate=False)}
+        mine = {name: paths.get(id(metric)) for name, metric in self._metrics.items()}
+        ranks = gather_objects(trainer, (mine, self._sums))
+        places: dict[str, str | None] = {}
+        sums: dict[str, tuple[float, float]] = {}
+        for metrics, numbers in ranks:
+            places = metrics | places
+            for name, (total, weights) in numbers.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + weights)
+        for name, path in places.items():
+            if path is None and any(name not in metrics for metrics, _ in ranks):
+                raise MisconfigurationException(
+                    f"{type(module).__name__} logs the metric {name!r} on some ranks only, and it is none of its"
+                    " attributes: the other ranks cannot add their part. Let it be one, made in __init__."
+                )
+        found: dict[str, float] = {}
+        # Ranks meet in each compute(), so it is called everywhere, and in one order.
+        for name in sorted(places):
+            metric: Any = self._metrics[name] if name in self._metrics else module.get_submodule(str(places[name]))
+            with warnings.catch_warnings():
+                if name not in self._metrics:  # not updated here, as is to be
+                    warnings.filterwarnings("ignore", ".*was called before the ``update`` method")
+                found[name] = float(metric.compute())
+        return found | {name: total / weights for name, (total, weights) in sums.items() if name not in places}
 
     @contextmanager
     def validation(self, module: pl.LightningModule, batches: Iterable[Any]) -> Iterator[None]:

@@ -38,21 +38,25 @@ def validation_loader(trainer: pl.Trainer, dataset: Any, like: Any) -> DataLoade
 def validation_scores(trainer: pl.Trainer, loader: Iterable[Any]) -> dict[str, float]:
     """What ``validation_step`` and the hooks around a validation epoch log for these batches; nothing else sees it.
 
-    A number is averaged over batches and ranks, see :class:`CaughtLog`. All ranks must call.
+    A number is averaged over batches and ranks, see :class:`CaughtLog`. All ranks must call; one that has no batch, or
+    logs other names than the next, takes part like the others.
 
     Args:
         trainer: In fit, between two steps.
-        loader: Batches as validation gets them; ``limit_val_batches`` holds for them too.
+        loader: Batches as validation gets them; ``limit_val_batches`` holds for them too, a share of them is at
+            least one.
 
     Returns:
         By the names under which the module logs them.
 
     Raises:
-        MisconfigurationException: If nothing is logged.
+        MisconfigurationException: If no rank logs anything; on all of them.
     """
     module = trainer.lightning_module
-    limit = trainer.limit_val_batches
-    most = None if limit == 1.0 else limit if isinstance(limit, int) else int(len(loader) * limit)  # type: ignore[arg-type]
+    most: int | float | None = trainer.limit_val_batches
+    if isinstance(most, float):
+        # A share of a small set is still a batch: without one there would be nothing to score.
+        most = None if most == 1.0 else max(1, int(len(loader) * most))  # type: ignore[arg-type]
     caught = CaughtLog()
     batches = (batch_on_device(trainer, batch) for batch in islice(loader, most))
     with (
@@ -60,7 +64,7 @@ def validation_scores(trainer: pl.Trainer, loader: Iterable[Any]) -> dict[str, f
         trainer.precision_plugin.val_step_context(),
         caught.validation(module, batches),
     ):
-        found = {name: caught.value(name, trainer) for name in caught.names}
+        found = caught.values(trainer, module)
     if not found:
         raise MisconfigurationException(
             f"{type(module).__name__} logs nothing in validation_step, so there are no scores to compare. Log a metric"

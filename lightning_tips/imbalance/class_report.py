@@ -25,7 +25,7 @@ from lightning_tips.core import (
     report_folder,
     say,
 )
-from lightning_tips.imbalance.counting import class_names, count_classes
+from lightning_tips.imbalance.counting import class_names, count_together
 from lightning_tips.imbalance.plots import plot_confusion
 from lightning_tips.imbalance.prior import best_threshold, correct_prior, fit_prior_correction
 
@@ -163,7 +163,7 @@ class ClassReportCallback(LogitWatcher):
         if not trained:
             return
         if self._true is None:
-            counts = count_classes(trainer, self.target_key).counts.double()
+            counts = count_together(trainer, type(self).__name__, self.target_key).counts.double()
             self._true = counts / counts.sum()
         true = self._true
         prior = true.clone()

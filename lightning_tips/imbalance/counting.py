@@ -9,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_tips.core import as_labels, class_counts, find_labels, stored_labels
+from lightning_tips.core import as_labels, class_counts, do_ranks_agree, find_labels, raise_together, stored_labels
 
-__all__ = ["ClassCounts", "balancing_part", "class_names", "count_classes", "training_sets"]
+__all__ = ["ClassCounts", "balancing_part", "class_names", "count_classes", "count_together", "training_sets"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,34 @@ def count_classes(trainer: pl.Trainer, target_key: str | None = None, read: bool
             raise ValueError(f"{type(dataset).__name__} does not keep the labels of its samples.")
         labels.append(find_labels(dataset, target_key))
     return ClassCounts.of(np.concatenate(labels) if len(labels) > 1 else labels[0])
+
+
+def count_together(trainer: pl.Trainer, asker: str, target_key: str | None = None) -> ClassCounts:
+    """As :func:`count_classes`, and the same on all ranks, all of which must call.
+
+    Args:
+        trainer: As there.
+        asker: Who counts, for messages.
+        target_key: As there.
+
+    Raises:
+        ValueError: If labels cannot be found on this rank.
+        TypeError: If they are no classes.
+        MisconfigurationException: If the ranks have different counts, or another one has none.
+    """
+    counts, problem = None, None
+    try:
+        counts = count_classes(trainer, target_key)
+    except (ValueError, TypeError) as error:
+        problem = error
+    raise_together(trainer, problem)
+    assert counts is not None
+    if not do_ranks_agree(trainer, f"{counts.counts.tolist()} {counts.total}"):
+        raise MisconfigurationException(
+            f"The ranks have different training labels, so {asker} cannot go by how many there are of each class. A"
+            " split without a seed does that: give random_split a generator with one."
+        )
+    return counts
 
 
 def training_sets(trainer: pl.Trainer) -> list[Any]:

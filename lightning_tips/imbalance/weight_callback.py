@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -11,8 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_tips.core import ActsOn, Outputs, ReplacedStep, TipCallback, agree, did_you_mean, raise_together
-from lightning_tips.imbalance.counting import ClassCounts, balancing_part, class_names, count_classes
+from lightning_tips.core import ActsOn, Outputs, ReplacedStep, TipCallback, agree, did_you_mean
+from lightning_tips.imbalance.counting import (
+    ClassCounts,
+    balancing_part,
+    class_names,
+    count_classes,
+    count_together,
+)
 from lightning_tips.imbalance.find_losses import KNOWN, corrected_losses, find_losses
 from lightning_tips.imbalance.logit_adjustment import adjust_logits, logit_adjustment
 from lightning_tips.imbalance.losses import LossCorrection
@@ -244,18 +251,7 @@ class ClassWeightCallback(TipCallback):
             show_balance(trainer, counts, seen, "weigh as much as", class_names(trainer), "class_weights")
 
     def _prepare_numbers(self, trainer: pl.Trainer) -> None:
-        # For weights that are given, the counts only set the scale: not worth reading all samples for.
-        needed = self.weights == "auto" or self.tau is not None
-        counts, problem = None, None
-        try:
-            counts = count_classes(trainer, self.target_key, read=needed)
-        except (ValueError, TypeError) as error:
-            problem = error
-        if needed:
-            raise_together(trainer, problem)
-        # Rank 0's on all ranks, also where only it found none: given weights do without.
-        found = agree(trainer, None if counts is None else (counts.counts, counts.total))
-        known = self._counts = None if found is None else ClassCounts(*found)
+        known = self._counts = self._count(trainer)
         if self.tau is not None:
             assert known is not None
             self._correction = LossCorrection.adjustment(known.counts, known.total, self.tau)
@@ -276,6 +272,18 @@ class ClassWeightCallback(TipCallback):
                 known = self._counts = ClassCounts(padded, known.total)
             counts_of = (None, None) if known is None else (known.counts, known.total)
             self._correction = LossCorrection.from_weights(values, *counts_of)
+
+    def _count(self, trainer: pl.Trainer) -> ClassCounts | None:
+        """The same on all ranks."""
+        if self.weights == "auto" or self.tau is not None:
+            return count_together(trainer, type(self).__name__, self.target_key)
+        # For weights that are given, the counts only set the scale: not worth reading all samples for, and rank 0's
+        # do for all ranks, also where only it found none.
+        counts = None
+        with contextlib.suppress(ValueError, TypeError):
+            counts = count_classes(trainer, self.target_key, read=False)
+        found = agree(trainer, None if counts is None else (counts.counts, counts.total))
+        return None if found is None else ClassCounts(*found)
 
     def _weighted_step(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
         untried = True

@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tips.core import did_you_mean
+from lightning_tips.core import did_you_mean, gather_objects
 from lightning_tips.core.lightning_private import is_redirected
 from lightning_tips.pruning.fit.undone import undone
 from lightning_tips.pruning.networks.copies import COMPILED, logs_nothing
@@ -268,7 +268,7 @@ class Sample:
     def add(self, trainer: pl.Trainer, inputs: Inputs | None) -> None:
         """Adds what the ranks were given in this batch. All ranks call it in the same batches."""
         mine = None if inputs is None else self._part(self.batches, 1, inputs, trainer.world_size)
-        new = [batch for batch in gather(trainer, mine) if batch is not None]
+        new = [batch for batch in gather_objects(trainer, mine) if batch is not None]
         self.batches += new
         enough = sum(batch_size(batch) for batch in self.batches) >= self.samples
         self.full = enough or bool(self.batches and not new)
@@ -283,7 +283,7 @@ class Sample:
 
     def add_noted(self, trainer: pl.Trainer) -> None:
         """Adds what the ranks have noted, batch by batch. All ranks call it."""
-        noted = gather(trainer, (self._mine, self._enough))
+        noted = gather_objects(trainer, (self._mine, self._enough))
         rounds = zip_longest(*(batches for batches, _ in noted))
         self.batches += [batch for batches in rounds for batch in batches if batch is not None]
         enough = sum(batch_size(batch) for batch in self.batches) >= self.samples
@@ -316,15 +316,6 @@ def is_validation_of_fit(trainer: pl.Trainer) -> bool:
     """
     resumed = trainer.sanity_checking and trainer.global_step > 0
     return trainer.state.fn == TrainerFn.FITTING and not resumed
-
-
-def gather(trainer: pl.Trainer, value: Any) -> list[Any]:
-    """Each rank's value, on all ranks, in their order."""
-    if trainer.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _copied(inputs: Inputs, dtype: torch.dtype | None) -> Inputs:
