@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_tips.core import Monitor, agree, class_counts, do_ranks_agree, find_labels
+from lightning_tips.core import Monitor, agree, class_counts, do_ranks_agree, find_labels, raise_together
+from lightning_tips.data.fingerprint import fingerprint_of_sets
 from lightning_tips.data.mixed_draw import natural_share
 from lightning_tips.data.mixed_loader import RelabelledDataset, find_dataset
 from lightning_tips.data.mixing_tip import MixingTip
-from lightning_tips.data.print_of_sets import print_of_sets
 from lightning_tips.data.pseudo_guard import SupervisedGuard, shared_curve
 from lightning_tips.data.pseudo_labels import Outputs, PseudoLabels, choose_pseudo_labels
 from lightning_tips.data.pseudo_report import Round, show_rounds, warn_of_odd_labels
@@ -237,15 +237,13 @@ class PseudoLabelCallback(MixingTip):
     def mixture(self, trainer: pl.Trainer, loader: DataLoader[Any]) -> Any:
         """Labelled samples, and unlabelled ones with the label that their index brings."""
         problem: Exception | None = None
+        fingerprint = ""
         try:
-            print_ = self._join(trainer, loader)
+            fingerprint = self._join(trainer, loader)
         except Exception as error:  # of whatever kind: samples are read
-            problem, print_ = error, f"{error}"
-        # First all ranks meet, then they raise: one that raised alone would leave the others waiting.
-        same = do_ranks_agree(trainer, print_)
-        if problem is not None:
-            raise problem
-        if not same:  # labels go from rank to rank by the places of samples
+            problem = error
+        raise_together(trainer, problem)
+        if not do_ranks_agree(trainer, fingerprint):  # labels go from rank to rank by the places of samples
             raise MisconfigurationException(
                 f"The ranks have different labelled or unlabelled data, so {type(self).__name__} cannot share them out."
                 " A split without a seed does that: give random_split a generator with one."
@@ -271,7 +269,7 @@ class PseudoLabelCallback(MixingTip):
         except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"{name}: {error}") from error
         self._size = len(unlabelled)
-        return print_of_sets(loader.dataset, labels, unlabelled) if trainer.world_size > 1 else ""
+        return fingerprint_of_sets(loader.dataset, labels, unlabelled) if trainer.world_size > 1 else ""
 
     def mixed(self, loader: DataLoader[Any]) -> None:
         """Goes on with what a checkpoint brought."""

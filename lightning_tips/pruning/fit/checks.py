@@ -157,15 +157,16 @@ def check_averages(trainer: pl.Trainer, module: nn.Module, network: nn.Module, t
     averages = {part for value in held.values() if (inner := _averaged(value)) is not None for part in inner.modules()}
     related = [part for part in module.modules() if part in inside or network in set(part.modules())]
     own, shapes = {*related}, [_shapes(part) for part in related if part not in averages]
+    whole = _shapes(network)
     for name, part in held.items():
         inner = _averaged(part)
-        if inner is not None and _shapes(inner) and _shapes(inner) in shapes:
+        if inner is not None and (held_shapes := _shapes(inner)) and held_shapes in shapes:
             raise MisconfigurationException(
                 f"{type(tip).__name__}: {name} averages the network's weights in the shapes that they have now, and"
                 " these change. Prune first, and average in a run that goes on from the pruned checkpoint"
                 " (load_pruned)."
             )
-        if isinstance(part, nn.Module) and part not in own and _shapes(part) == _shapes(network):
+        if isinstance(part, nn.Module) and part not in own and _shapes(part) == whole:
             own.add(part)
             inside_module = name.startswith(f"{type(module).__name__}.")
             if not (inside_module and any(parameter.requires_grad for parameter in part.parameters())):

@@ -15,10 +15,10 @@ from torch.utils.data import Subset
 
 from lightning_tips.core import same_random_numbers
 
-__all__ = ["print_of_sets"]
+__all__ = ["fingerprint_of_sets"]
 
 
-def print_of_sets(labelled: Any, labels: NDArray[Any], unlabelled: Any) -> str:
+def fingerprint_of_sets(labelled: Any, labels: NDArray[Any], unlabelled: Any) -> str:
     """The same string where two ranks have the same samples, as far as one can see cheaply.
 
     Looked at are the labels, the two lengths, the places that a ``Subset`` takes, and the first unlabelled sample: no
@@ -38,14 +38,14 @@ def print_of_sets(labelled: Any, labels: NDArray[Any], unlabelled: Any) -> str:
         while isinstance(part, Subset):
             digest.update(np.asarray(part.indices, np.int64).tobytes())
             part = part.dataset
-    first = _print_of_sample(unlabelled)
+    first = _fingerprint_of_sample(unlabelled)
     # A dataset with a random generator of its own has another sample each time, and that tells nothing.
-    if first == _print_of_sample(unlabelled):
+    if first == _fingerprint_of_sample(unlabelled):
         digest.update(first)
     return digest.hexdigest()
 
 
-def _print_of_sample(dataset: Any) -> bytes:
+def _fingerprint_of_sample(dataset: Any) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     with same_random_numbers():
         # Random transforms alike on all ranks.
